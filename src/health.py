@@ -1,0 +1,93 @@
+"""Health records and their framing: the only vocabulary between worker and master.
+
+A record is a worker's counters since it started, sent when they changed; the latest one replaces
+all before it. A frame is a u32 length (little-endian) and that many bytes of MessagePack.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import msgspec
+
+_LENGTH = struct.Struct("<I")
+
+#: A record of 127 ports is under 8 KiB; more than this is not a record.
+_LARGEST = 1 << 16
+
+
+class PortHealth(msgspec.Struct, array_like=True, kw_only=True):
+    """One port's counters, in bytes unless they say otherwise.
+
+    `output` and `input` are what the guest wrote and what it was given. `missed` is what readers
+    were skipped over, each gap counted once for every reader that met it; `discarded` is what the
+    guest wrote to a disabled queue. `stalls` counts how often a stuck reader let the guest wait.
+    """
+
+    id: int
+    name: str
+    open: bool = False
+    readers: int = 0
+    output: int = 0
+    input: int = 0
+    missed: int = 0
+    discarded: int = 0
+    stalls: int = 0
+
+
+class Health(msgspec.Struct, array_like=True, kw_only=True):
+    """One worker's counters.
+
+    `frontend` is the connected frontend's process id, 0 when it cannot be known, None when nobody
+    is connected. `sessions` counts frontends so far, `kicks` and `calls` notifications, `chains`
+    completed buffers, `refused` messages and frontends turned away, `broken` stopped virtqueues,
+    `ignored` control messages that made no sense.
+    """
+
+    frontend: int | None = None
+    sessions: int = 0
+    kicks: int = 0
+    calls: int = 0
+    chains: int = 0
+    refused: int = 0
+    broken: int = 0
+    ignored: int = 0
+    ports: list[PortHealth] = []
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Health)
+
+
+def encode(health: Health) -> bytes:
+    """Return `health` as one frame."""
+    body = _encoder.encode(health)
+    return _LENGTH.pack(len(body)) + body
+
+
+class Decoder:
+    """Turns the pipe's bytes, in whatever pieces they come, back into records."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[Health]:
+        """Return the records that `data` completes, oldest first.
+
+        Raises ValueError when the bytes are no frame: the sender is broken, read no further.
+        """
+        self._buffer += data
+        records = []
+        while len(self._buffer) >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(self._buffer)
+            if size > _LARGEST:
+                raise ValueError(f"a health record of {size} bytes")
+            end = _LENGTH.size + size
+            if len(self._buffer) < end:
+                break
+            try:
+                records.append(_decoder.decode(memoryview(self._buffer)[_LENGTH.size : end]))
+            except msgspec.MsgspecError as error:
+                raise ValueError(f"not a health record: {error}") from error
+            del self._buffer[:end]
+        return records

@@ -1,0 +1,202 @@
+"""A guest's journal: what its ports wrote and what is typed to them, in one memory file.
+
+The file outlives the worker: the master makes it, and a successor goes on at the offsets it holds.
+Offsets count bytes since the journal was made and never go back. An output ring keeps the last
+`size` bytes of an endless stream, any number of readers have cursors in it; an input ring holds
+what the guest has not taken yet.
+
+Layout, native byte order, in u64 words: page one and following are the header (magic, number of
+ports, then eight words a port: output start, size and head, seen, input start, size, head and
+tail), after them each port's rings. Sizes are powers of two and whole pages. A byte counts once
+its head is stored, and a head is one aligned 8-byte store, so a worker killed anywhere leaves a
+journal that is whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from collections.abc import Sequence
+
+_MAGIC = int.from_bytes(b"VDCJRNL1", "little")
+_PAGE = 4096
+_WORD = 8
+_PORTS_AT = 8  # words before the first port's entry
+_ENTRY = 8  # words in a port's entry
+_OUT_START, _OUT_SIZE, _OUT_HEAD, _OUT_SEEN, _IN_START, _IN_SIZE, _IN_HEAD, _IN_TAIL = range(8)
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def create(name: str, sizes: Sequence[tuple[int, int]]) -> int:
+    """Return the descriptor of a new, empty, sealed journal.
+
+    `sizes` has the output and the input ring's size in bytes for each port. Pages take memory only
+    once they are used. Raises ValueError for a size that is no power of two or less than a page,
+    OSError when the memory cannot be had.
+    """
+    for size in (size for pair in sizes for size in pair):
+        if size < _PAGE or size & (size - 1):
+            raise ValueError(f"a ring of {size} bytes: not a power of two of at least {_PAGE}")
+    words = _PORTS_AT + _ENTRY * len(sizes)
+    start = -(-words * _WORD // _PAGE) * _PAGE
+    entries = [_MAGIC, len(sizes), *[0] * (_PORTS_AT - 2)]
+    for output, input_ in sizes:
+        entries += [start, output, 0, 0, start + output, input_, 0, 0]
+        start += output + input_
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, start)
+        header = b"".join(word.to_bytes(_WORD, "little") for word in entries)
+        os.pwrite(fd, header, 0)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+class Output:
+    """One port's output: the last `size` bytes of everything the guest ever wrote to it."""
+
+    def __init__(self, ring: memoryview, words: memoryview, entry: int) -> None:
+        self.size = len(ring)
+        self.head: int = words[entry + _OUT_HEAD]
+        self._ring = ring
+        self._mask = self.size - 1
+        self._words = words
+        self._head_at = entry + _OUT_HEAD
+        self._seen_at = entry + _OUT_SEEN
+
+    @property
+    def tail(self) -> int:
+        """The offset of the oldest byte still kept."""
+        return max(0, self.head - self.size)
+
+    @property
+    def seen(self) -> int:
+        """The offset up to which some reader has taken the output; where an absent one goes on."""
+        return self._words[self._seen_at]
+
+    @seen.setter
+    def seen(self, offset: int) -> None:
+        self._words[self._seen_at] = offset
+
+    def append(self, data: memoryview | bytes) -> None:
+        """Add at most `size` bytes; the oldest give way. They count from `commit` on."""
+        count = len(data)
+        at = self.head & self._mask
+        end = at + count
+        if end <= self.size:
+            self._ring[at:end] = data
+        else:
+            first = self.size - at
+            self._ring[at:] = data[:first]
+            self._ring[: count - first] = data[first:]
+        self.head += count
+
+    def commit(self) -> None:
+        """Make everything appended count, for a successor too."""
+        self._words[self._head_at] = self.head
+
+    def span(self, offset: int) -> memoryview:
+        """Return the bytes from `offset` that lie in one piece: up to the head or the ring's end.
+
+        `offset` must be from `tail` to `head`.
+        """
+        at = offset & self._mask
+        return self._ring[at : min(at + self.head - offset, self.size)]
+
+
+class Reader:
+    """A cursor in an output: `offset` is the next byte to take, `missed` counts those lost."""
+
+    def __init__(self, output: Output, offset: int) -> None:
+        self._output = output
+        self.offset = offset
+        self.missed = 0
+
+    @property
+    def pending(self) -> int:
+        """How many bytes lie between the cursor and the head, lost ones included."""
+        return self._output.head - self.offset
+
+    def skip_lost(self) -> int:
+        """Move past bytes that gave way before they were read; return how many there were."""
+        lost = self._output.tail - self.offset
+        if lost <= 0:
+            return 0
+        self.offset += lost
+        self.missed += lost
+        return lost
+
+    def span(self) -> memoryview:
+        """Return the next bytes that lie in one piece, none when the reader has caught up.
+
+        Call `skip_lost` first; `advance` by what was taken.
+        """
+        return self._output.span(self.offset)
+
+    def advance(self, count: int) -> None:
+        """Take `count` bytes of what `span` returned."""
+        self.offset += count
+
+
+class Input:
+    """One port's input: at most `size` bytes on their way to the guest."""
+
+    def __init__(self, ring: memoryview, words: memoryview, entry: int) -> None:
+        self.size = len(ring)
+        self._ring = ring
+        self._mask = self.size - 1
+        self._words = words
+        self._head_at = entry + _IN_HEAD
+        self._tail_at = entry + _IN_TAIL
+        self.head: int = words[self._head_at]
+        self.tail: int = words[self._tail_at]
+
+    def __len__(self) -> int:
+        return self.head - self.tail
+
+    def room(self) -> memoryview:
+        """Return free space in one piece, none when the ring is full; fill it, then `fed`."""
+        at = self.head & self._mask
+        return self._ring[at : min(at + self.size - (self.head - self.tail), self.size)]
+
+    def fed(self, count: int) -> None:
+        """Count the first `count` bytes of what `room` returned as input."""
+        self.head += count
+        self._words[self._head_at] = self.head
+
+    def span(self) -> memoryview:
+        """Return waiting input in one piece, none when there is none; then `consume`."""
+        at = self.tail & self._mask
+        return self._ring[at : min(at + self.head - self.tail, self.size)]
+
+    def consume(self, count: int) -> None:
+        """Give up the first `count` bytes of what `span` returned: the guest has them."""
+        self.tail += count
+        self._words[self._tail_at] = self.tail
+
+
+class Journal:
+    """A mapped journal: `outputs` and `inputs`, one of each a port.
+
+    Takes over no descriptor: `fd` may be closed afterwards. Raises ValueError when the file is no
+    journal.
+    """
+
+    def __init__(self, fd: int) -> None:
+        view = memoryview(mmap.mmap(fd, 0))
+        words = view[: len(view) // _WORD * _WORD].cast("Q")
+        if len(view) < _PAGE or words[0] != _MAGIC:
+            raise ValueError("not a journal")
+        self.outputs: list[Output] = []
+        self.inputs: list[Input] = []
+        for port in range(words[1]):
+            entry = _PORTS_AT + _ENTRY * port
+            start, size = words[entry + _OUT_START], words[entry + _OUT_SIZE]
+            self.outputs.append(Output(view[start : start + size], words, entry))
+            start, size = words[entry + _IN_START], words[entry + _IN_SIZE]
+            self.inputs.append(Input(view[start : start + size], words, entry))

@@ -1,0 +1,1 @@
+"""The virtio console: configuration, control dialogue, ports."""

@@ -1,0 +1,1 @@
+"""How the guest's buffers reach us: memory regions, descriptor chains, rings."""
