@@ -68,13 +68,6 @@ class Pty(msgspec.Struct, frozen=True, tag=True):
 Backend = Nested | Network | Unix | Pty
 
 
-class Overflow(StrEnum):
-    """What gives way when a journal is full of bytes that a stuck reader has not taken."""
-
-    DROP = "drop"
-    BLOCK = "block"
-
-
 class Port(msgspec.Struct, frozen=True, kw_only=True):
     """One port of a guest's virtio console; sizes in bytes, powers of two."""
 
@@ -82,7 +75,6 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     backend: Backend
     console: bool = True
-    overflow: Overflow = Overflow.DROP
     output_bytes: int = OUTPUT_BYTES
     input_bytes: int = INPUT_BYTES
     stall_ms: int = STALL_MS
@@ -167,6 +159,8 @@ def from_options(
         raise ConfigError(
             "the nested backend is one terminal: use --socket-count 1 or another --backend"
         )
+    if backend is BackendKind.NESTED and fd is not None and fd <= 2:
+        raise ConfigError(f"--fd {fd} is the terminal's place: the nested backend needs it")
     if pty_link is not None and backend is not BackendKind.PTY:
         raise ConfigError("--pty-link goes with --backend pty")
     if not 1 <= max_queue_size <= LARGEST_QUEUE or max_queue_size & (max_queue_size - 1):

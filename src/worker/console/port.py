@@ -1,0 +1,170 @@
+"""One port: the guest's buffers on one side, a journal on the other.
+
+Output is appended to the journal and the buffer returned at once, whoever watches. Only when the
+journal is full of bytes that the port's *holder* has not taken is the buffer kept: the holder is
+the reader that has been here longest and is not stuck. One that takes nothing for the stall limit
+is stuck until it has caught up; the oldest bytes give way meanwhile, and it finds a gap.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ...journal import Input, Output, Reader
+
+
+class Chain(Protocol):
+    """A guest's buffer: `head` names it, its `size` bytes are `spans`."""
+
+    head: int
+    size: int
+    spans: list[memoryview]
+
+
+class Queue(Protocol):
+    """A virtqueue, whatever its format; see `virtqueue.split`."""
+
+    def pop(self) -> Chain | None:
+        """Return the guest's next buffer, None when there is none; may raise GuestError."""
+
+    def push(self, head: int, written: int) -> None:
+        """Complete the oldest buffer popped."""
+
+
+class Watcher(Reader):
+    """A reader of a port's output; `stuck` while it has shown that it does not read."""
+
+    stuck = False
+
+
+class Port:
+    """One port of the console: `opened` says whether a program in the guest has it open.
+
+    Counters are in bytes: `discarded` what the guest wrote to a disabled queue, `missed` what
+    readers that are gone were skipped over; `stalls` counts readers found stuck.
+    """
+
+    def __init__(
+        self, port_id: int, name: str, console: bool, output: Output, input_: Input
+    ) -> None:
+        self.id = port_id
+        self.name = name
+        self.console = console
+        self.output = output
+        self.input = input_
+        self.opened = False
+        self.watchers: list[Watcher] = []
+        self.discarded = 0
+        self.stalls = 0
+        self._missed = 0
+        self._held: Chain | None = None
+
+    @property
+    def missed(self) -> int:
+        """Bytes that some reader was skipped over, each gap counted for everyone who met it."""
+        return self._missed + sum(watcher.missed for watcher in self.watchers)
+
+    @property
+    def holding(self) -> bool:
+        """Whether a buffer of the guest's is kept until the holder has read on."""
+        return self._held is not None
+
+    def attach(self) -> Watcher:
+        """Return a new reader: what nobody has seen yet is the first one's, others join live."""
+        watcher = Watcher(self.output, self.output.head if self.watchers else self.output.seen)
+        self.watchers.append(watcher)
+        return watcher
+
+    def took(self, watcher: Watcher, count: int) -> None:
+        """Move a reader on by `count` bytes that its client has taken."""
+        watcher.advance(count)
+        if watcher.offset > self.output.seen:
+            self.output.seen = watcher.offset
+        if not watcher.pending:
+            watcher.stuck = False
+
+    def detach(self, watcher: Watcher, undelivered: int) -> None:
+        """Let a reader go; `undelivered` bytes it took are known not to have arrived.
+
+        If nobody else has read as far, the next first reader gets them again.
+        """
+        self.watchers.remove(watcher)
+        self._missed += watcher.missed
+        if watcher.offset == self.output.seen:
+            others = (other.offset for other in self.watchers)
+            self.output.seen = max(watcher.offset - undelivered, *others, 0)
+
+    def stall(self) -> None:
+        """Count the holder as stuck: it kept the guest waiting for the whole stall limit."""
+        holder = self._holder()
+        if holder is not None:
+            holder.stuck = True
+            self.stalls += 1
+
+    def _holder(self) -> Watcher | None:
+        return next((watcher for watcher in self.watchers if not watcher.stuck), None)
+
+    def take_output(self, queue: Queue, most: int) -> int:
+        """Move up to `most` buffers of the guest's into the journal; return how many.
+
+        They are pushed, not yet published. Stops early, with the buffer `holding`, when the
+        journal has no room that the holder can spare. Raises GuestError as `queue` does.
+        """
+        chain = self._held or queue.pop()
+        if chain is None:
+            return 0
+        output = self.output
+        holder = self._holder()
+        limit = None if holder is None else holder.offset + output.size
+        taken = 0
+        try:
+            while chain is not None:
+                if limit is not None and output.head + chain.size > limit:
+                    break
+                for span in chain.spans:
+                    output.append(span)
+                queue.push(chain.head, 0)
+                taken += 1
+                # The next one is not looked at once the budget is spent: it may be an error.
+                chain = queue.pop() if taken < most else None
+        finally:
+            output.commit()
+        self._held = chain
+        return taken
+
+    def discard_output(self, queue: Queue, most: int) -> int:
+        """Complete up to `most` buffers of a disabled queue unread; return how many."""
+        taken = 0
+        while taken < most and (chain := queue.pop()) is not None:
+            self.discarded += chain.size
+            queue.push(chain.head, 0)
+            taken += 1
+        return taken
+
+    def forget_held(self) -> None:
+        """Let go of a kept buffer: its queue stops, and starts again with it."""
+        self._held = None
+
+    def give_input(self, queue: Queue, most: int) -> int:
+        """Move waiting input into up to `most` buffers of the guest's; return how many.
+
+        They are pushed, not yet published. Raises GuestError as `queue` does.
+        """
+        given = 0
+        waiting = self.input
+        while given < most and len(waiting) and (chain := queue.pop()) is not None:
+            written = 0
+            for span in chain.spans:
+                written += self._fill(span)
+            queue.push(chain.head, written)
+            given += 1
+        return given
+
+    def _fill(self, span: memoryview) -> int:
+        filled = 0
+        while filled < len(span) and (data := self.input.span()):
+            count = min(len(span) - filled, len(data))
+            span[filled : filled + count] = data[:count]
+            self.input.consume(count)
+            filled += count
+        return filled

@@ -1,0 +1,106 @@
+"""Guest memory: regions mapped from the frontend's files, as slices that copy nothing.
+
+An address is either the guest's (in descriptors) or the frontend's (in SET_VRING_ADDR). Nothing is
+unmapped by hand: a region lives as long as someone holds a slice of it, so a stale slice is at
+worst memory of a guest that is gone, never a fault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import mmap
+import os
+from typing import NamedTuple
+
+from ...errors import GuestError, RefusedError
+
+_TOP = 1 << 64
+
+
+class Region(NamedTuple):
+    """A mapped region, half open: [guest, guest_end) and [user, user_end) are the same bytes."""
+
+    guest: int
+    guest_end: int
+    user: int
+    user_end: int
+    view: memoryview
+
+
+def map_region(fd: int, guest_addr: int, size: int, user_addr: int, offset: int) -> Region:
+    """Map `size` bytes from `offset` of the file `fd`, which stays the caller's to close.
+
+    Where the file allows it, it is sealed against shrinking, since a page that is gone would kill
+    this process (SIGBUS). Raises RefusedError when the file cannot give that memory.
+    """
+    if size == 0:
+        raise RefusedError("a memory region has no bytes")
+    if max(guest_addr, user_addr, offset) + size > _TOP:
+        raise RefusedError("a memory region reaches past the end of the address space")
+    with contextlib.suppress(OSError):  # no memfd, sealed for good, or read-only
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+    try:
+        # Huge page files take offsets in whole huge pages only; their block size says how large.
+        unit = max(mmap.ALLOCATIONGRANULARITY, os.fstat(fd).st_blksize)
+        lead = offset % unit
+        whole = memoryview(mmap.mmap(fd, size + lead, offset=offset - lead))
+    except (OSError, ValueError, OverflowError) as error:
+        raise RefusedError(f"a memory region of {size} bytes cannot be mapped: {error}") from None
+    return Region(guest_addr, guest_addr + size, user_addr, user_addr + size, whole[lead:])
+
+
+class GuestMemory:
+    """The regions of one memory table."""
+
+    def __init__(self, regions: list[Region]) -> None:
+        """Raise RefusedError when there are none, or two of them overlap."""
+        if not regions:
+            raise RefusedError("a memory table has no regions")
+        by_guest = sorted(regions, key=lambda region: region.guest)
+        by_user = sorted(regions, key=lambda region: region.user)
+        if any(a.guest_end > b.guest for a, b in itertools.pairwise(by_guest)) or any(
+            a.user_end > b.user for a, b in itertools.pairwise(by_user)
+        ):
+            raise RefusedError("memory regions overlap")
+        self._regions = by_guest
+        self._recent = by_guest[0]
+
+    def user(self, addr: int, size: int) -> memoryview:
+        """Return `size` bytes at a frontend address. Raises RefusedError outside one region."""
+        for region in self._regions:
+            if region.user <= addr and addr + size <= region.user_end:
+                return region.view[addr - region.user : addr - region.user + size]
+        raise RefusedError(f"{size} bytes at frontend address {addr:#x} are in no memory region")
+
+    def guest(self, addr: int, size: int) -> memoryview:
+        """Return `size` bytes at a guest address. Raises GuestError outside one region."""
+        start, end, _, _, view = self._recent
+        if start <= addr and addr + size <= end:
+            return view[addr - start : addr - start + size]
+        region = self._find(addr)
+        if addr + size > region.guest_end:
+            raise GuestError(f"{size} bytes at guest address {addr:#x} cross a region's end")
+        self._recent = region
+        return region.view[addr - region.guest : addr - region.guest + size]
+
+    def spans(self, addr: int, size: int) -> list[memoryview]:
+        """Return `size` bytes at a guest address, in pieces where they cross adjacent regions.
+
+        Raises GuestError when any of them is in no region.
+        """
+        pieces = []
+        while size:
+            region = self._find(addr)
+            count = min(size, region.guest_end - addr)
+            pieces.append(region.view[addr - region.guest : addr - region.guest + count])
+            addr += count
+            size -= count
+        return pieces
+
+    def _find(self, addr: int) -> Region:
+        for region in self._regions:
+            if region.guest <= addr < region.guest_end:
+                return region
+        raise GuestError(f"guest address {addr:#x} is in no memory region")

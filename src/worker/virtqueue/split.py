@@ -1,0 +1,202 @@
+"""The split ring, device side (VIRTIO 1.2, section 2.7).
+
+Three areas in guest memory, seen through casts made once: descriptors as u64 pairs, the available
+and the used ring as u16, used elements as u64. Item stores of such a cast are single stores of the
+machine; `struct.pack_into` is not, it shows a zero in between. Whatever the guest can change is
+read once and only that copy is used; whatever this side writes is remembered here, never read back.
+"""
+
+from __future__ import annotations
+
+from ...errors import GuestError, RefusedError
+from .chain import Chain
+from .fence import WEAKLY_ORDERED, fence
+from .memory import GuestMemory
+
+#: Feature bits of the ring itself.
+INDIRECT_DESC = 1 << 28
+EVENT_IDX = 1 << 29
+
+_NEXT = 1
+_WRITE = 2
+_INDIRECT = 4
+_NO_INTERRUPT = 1
+_NO_NOTIFY = 1
+
+_INDEX = 0xFFFF
+_LOW32 = 0xFFFFFFFF
+_DESC_SIZE = 16
+
+#: Linux and QEMU allow indirect tables longer than the ring itself, up to this many entries.
+_LONGEST_INDIRECT = 1024
+
+
+class SplitQueue:
+    """One running split ring: `pop` buffers, `push` them back in order, `publish`.
+
+    Resumes at the used index found in memory: buffers are completed in order here, so everything
+    before it is done and everything after it is not, whoever served the ring before.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        size: int,
+        desc: int,
+        avail: int,
+        used: int,
+        *,
+        features: int,
+        writable: bool,
+        most_bytes: int,
+    ) -> None:
+        """Place a ring of `size` entries at the frontend addresses `desc`, `avail`, `used`.
+
+        `writable` says which way the guest's buffers go: True when this side fills them.
+        A chain of more than `most_bytes` is an error. Raises RefusedError when an area is
+        misaligned or not within one memory region.
+        """
+        if desc % 16 or avail % 2 or used % 4:
+            raise RefusedError(
+                f"a ring is misaligned: descriptors {desc:#x}, available {avail:#x}, used {used:#x}"
+            )
+        self.size = size
+        self._memory = memory
+        self._event_idx = bool(features & EVENT_IDX)
+        self._indirect = bool(features & INDIRECT_DESC)
+        self._direction = _WRITE if writable else 0
+        self._most_bytes = most_bytes
+        self._desc = memory.user(desc, _DESC_SIZE * size).cast("Q")
+        # Each ring ends with the other side's event index, used with EVENT_IDX only.
+        event = 2 if self._event_idx else 0
+        self._avail = memory.user(avail, 4 + 2 * size + event).cast("H")
+        whole = memory.user(used, 4 + 8 * size + event)
+        self._used = whole.cast("H")
+        self._elements = whole[4 : 4 + 8 * size].cast("Q")
+        self._used_event_at = 2 + size
+        self._avail_event_at = 2 + 4 * size
+        start = self._used[1]
+        self._next = start  # the available entry to pop next
+        self._known = start  # avail.idx as last read
+        self._pushed = start
+        self._published = start
+
+    @property
+    def index(self) -> int:
+        """The ring's position: how many buffers were completed, modulo 2^16."""
+        return self._published
+
+    def ready(self) -> bool:
+        """Say whether `pop` has something to look at."""
+        return self._avail[1] != self._next
+
+    def pop(self) -> Chain | None:
+        """Return the next buffer, or None when the guest has given no more.
+
+        Raises GuestError when the ring or the chain is not what the specification allows; the
+        queue can then only be stopped.
+        """
+        position = self._next
+        if position == self._known:
+            known = self._avail[1]
+            if (known - position) & _INDEX > self.size:
+                raise GuestError(
+                    f"available index {known} is more than {self.size} ahead of {position}"
+                )
+            if known == position:
+                return None
+            self._known = known
+            if WEAKLY_ORDERED:  # 2.7.13.3: the entry may be read only after the index
+                fence()
+        head = self._avail[2 + position % self.size]
+        if head >= self.size:
+            raise GuestError(f"available entry {position} names descriptor {head} of {self.size}")
+        addr = self._desc[2 * head]
+        word = self._desc[2 * head + 1]
+        flags = word >> 32 & 0xFFFF
+        size = word & _LOW32
+        if flags & (_NEXT | _INDIRECT) or not size:
+            chain = self._walk(head)
+        else:
+            if flags & _WRITE != self._direction or size > self._most_bytes:
+                self._refuse(flags, size)
+            try:
+                spans = [self._memory.guest(addr, size)]
+            except GuestError:
+                spans = self._memory.spans(addr, size)
+            chain = Chain(head, size, spans)
+        self._next = (position + 1) & _INDEX
+        return chain
+
+    def _refuse(self, flags: int, total: int) -> None:
+        if flags & _WRITE != self._direction:
+            way = "readable" if self._direction else "writable"
+            raise GuestError(f"a {way} descriptor where only the other kind can be")
+        if total > self._most_bytes:
+            raise GuestError(f"a chain of more than {self._most_bytes} bytes")
+
+    def _walk(self, head: int) -> Chain:
+        table, entries, index = self._desc, self.size, head
+        steps = total = 0
+        spans: list[memoryview] = []
+        while True:
+            if steps == entries:
+                raise GuestError("a descriptor chain has a loop")
+            steps += 1
+            addr = table[2 * index]
+            word = table[2 * index + 1]
+            size, flags = word & _LOW32, word >> 32 & 0xFFFF
+            if flags & _INDIRECT:
+                # 2.7.5.3.2: WRITE is ignored here; the table cannot be chained on or nested.
+                if not self._indirect or flags & _NEXT or table is not self._desc:
+                    raise GuestError("an indirect descriptor where none can be")
+                entries = size // _DESC_SIZE
+                if size % _DESC_SIZE or not 0 < entries <= max(self.size, _LONGEST_INDIRECT):
+                    raise GuestError(f"an indirect table of {size} bytes")
+                table, index, steps = self._memory.guest(addr, size).cast("Q"), 0, 0
+                continue
+            total += size
+            self._refuse(flags, total)
+            spans += self._memory.spans(addr, size)
+            if not flags & _NEXT:
+                return Chain(head, total, spans)
+            index = word >> 48
+            if index >= entries:
+                raise GuestError(f"a descriptor names {index} of {entries} as its next")
+
+    def push(self, head: int, written: int) -> None:
+        """Complete the oldest popped chain, `head`, with `written` bytes; not visible yet."""
+        self._elements[self._pushed % self.size] = head | written << 32
+        self._pushed = (self._pushed + 1) & _INDEX
+
+    def publish(self) -> bool:
+        """Let the guest see what was pushed; return whether it wants a call (2.7.7.2)."""
+        old, new = self._published, self._pushed
+        if old == new:
+            return False
+        if WEAKLY_ORDERED:  # 2.7.14: elements before the index that makes them visible
+            fence()
+        self._used[1] = new
+        self._published = new
+        fence()  # 2.7.14: the index before a look at what suppresses calls
+        if self._event_idx:
+            event = self._avail[self._used_event_at]
+            return (new - event - 1) & _INDEX < (new - old) & _INDEX
+        return not self._avail[0] & _NO_INTERRUPT
+
+    def want_kicks(self) -> bool:
+        """Ask the guest to kick at its next buffer; return whether there already is one."""
+        if self._event_idx:
+            self._used[self._avail_event_at] = self._next
+        else:
+            self._used[0] = 0
+        fence()  # 2.7.10.1: the wish before the last look
+        return self._avail[1] != self._next
+
+    def refuse_kicks(self) -> None:
+        """Ask the guest not to kick.
+
+        With EVENT_IDX nothing is to be done: the index asked for falls behind by itself.
+        """
+        if not self._event_idx:
+            self._used[0] = _NO_NOTIFY
