@@ -1,0 +1,287 @@
+"""The command line; the only place that knows click."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import sys
+from typing import Any
+
+import click
+
+from . import __version__, config
+from .errors import ConfigError, ConsoleError
+
+_NAME = "vhost-device-console"
+_CAPABILITIES = "--print-capabilities"
+
+
+class _Stderr(logging.Handler):
+    """Log lines for people: one write each, no control characters, and never in the way.
+
+    A line that stderr cannot take at once is lost, and the next one says so.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lost = 0
+        self._poll = select.poll()
+        self._poll.register(2, select.POLLOUT)
+        # With the terminal raw, a line feed alone does not return to the first column.
+        self._end = "\r\n" if os.isatty(2) else "\n"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        lines = [_clean(record.getMessage())]
+        if record.exc_info:
+            lines += self.format(record).splitlines()[1:]
+        if self._lost:
+            lines.insert(0, f"{self._lost} log lines lost: stderr was not read")
+        text = "".join(f"{_NAME}: {line}{self._end}" for line in lines)
+        try:
+            if not self._poll.poll(0):
+                raise BlockingIOError
+            os.write(2, text.encode(errors="backslashreplace"))
+            self._lost = 0
+        except OSError:
+            self._lost += 1
+
+
+def _clean(text: str) -> str:
+    """Return `text` with everything that could steer a terminal spelled out."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
+    )
+
+
+def _start_logging(level: str) -> None:
+    logging.raiseExceptions = False
+    logging.basicConfig(level=level.upper(), handlers=[_Stderr()], force=True)
+
+
+def _fill_standard_files() -> None:
+    """Open what the caller closed, or a socket of ours would be taken for stderr."""
+    while True:
+        fd = os.open(os.devnull, os.O_RDWR)
+        if fd > 2:
+            os.close(fd)
+            return
+
+
+@click.group(
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Without a command, the daemon runs in the foreground until SIGTERM or Ctrl-C.",
+)
+@click.option(
+    "-s",
+    "--socket-path",
+    type=click.Path(),
+    metavar="PATH",
+    help="vhost-user sockets: PATH0, PATH1, ... one for each guest.",
+)
+@click.option(
+    "-c",
+    "--socket-count",
+    type=int,
+    metavar="N",
+    default=1,
+    show_default=True,
+    help="How many guests.",
+)
+@click.option(
+    "-b",
+    "--backend",
+    type=click.Choice([kind.value for kind in config.BackendKind]),
+    default=config.BackendKind.NESTED.value,
+    show_default=True,
+    help="Where people attach: this terminal, TCP ports, sockets PATH<i>.data, or ptys.",
+)
+@click.option(
+    "-p",
+    "--tcp-port",
+    type=int,
+    metavar="PORT",
+    default=12345,
+    show_default=True,
+    help="network: 127.0.0.1:PORT is the first guest's, the next is PORT+1.",
+)
+@click.option(
+    "-q",
+    "--max-queue-size",
+    type=int,
+    metavar="SIZE",
+    default=config.LARGEST_QUEUE,
+    show_default=True,
+    help="Largest virtqueue a guest may use, a power of two.",
+)
+@click.option(
+    "--fd",
+    type=int,
+    metavar="N",
+    help="Use the inherited vhost-user socket N, listening or connected, instead of a path.",
+)
+@click.option(
+    "--pty-link",
+    type=click.Path(),
+    metavar="PATH",
+    help="pty: make symlinks PATH0, PATH1, ... to the ptys.",
+)
+@click.option(
+    "--poll-us",
+    type=int,
+    metavar="N",
+    default=config.POLL_US,
+    show_default=True,
+    help="Watch the rings for at most N microseconds before sleeping; 0 never does.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["error", "warning", "info", "debug"]),
+    default="info",
+    show_default=True,
+    help="What to say on stderr.",
+)
+@click.option(_CAPABILITIES, is_flag=True, help="Print what this program is, as JSON, and exit.")
+@click.version_option(
+    __version__, "-V", "--version", prog_name=_NAME, message="%(prog)s %(version)s"
+)
+@click.pass_context
+def cli(ctx: click.Context, /, **options: Any) -> None:
+    """Give virtual machines a console: a vhost-user backend for the virtio console."""
+    given = {
+        name
+        for name in options
+        if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    }
+    if ctx.invoked_subcommand is not None:
+        if given:
+            option = "--" + min(given).replace("_", "-")
+            raise ConfigError(f"{option} is the daemon's, not {ctx.invoked_subcommand}'s")
+        return
+    if "tcp_port" in given and options["backend"] != config.BackendKind.NETWORK:
+        raise ConfigError("--tcp-port goes with --backend network")
+    daemon = config.from_options(
+        socket_path=options["socket_path"],
+        fd=options["fd"],
+        socket_count=options["socket_count"],
+        backend=config.BackendKind(options["backend"]),
+        tcp_port=options["tcp_port"],
+        max_queue_size=options["max_queue_size"],
+        poll_us=options["poll_us"],
+        pty_link=options["pty_link"],
+    )
+    _fill_standard_files()
+    _start_logging(options["log_level"])
+    from . import master  # --help need not wait for it
+
+    ctx.exit(master.serve(daemon))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+@click.option(
+    "--socket",
+    "path",
+    type=click.Path(),
+    metavar="PATH",
+    help="Ask only the daemon with this monitor socket.",
+)
+def status(as_json: bool, path: str | None) -> None:
+    """Show every guest of the daemons that run."""
+    from . import monitor
+
+    paths = monitor.find(os.environ) if path is None else [path]
+    if not paths:
+        raise ConsoleError("no daemon is running")
+    guests: list[monitor.GuestStatus] = []
+    failures = []
+    for each in paths:
+        try:
+            guests += monitor.ask(each).guests
+        except ConsoleError as error:
+            failures.append(error)
+    if as_json:
+        click.echo(json.dumps({"guests": monitor.plain(guests)}, indent=2))
+    elif guests:
+        click.echo("\n".join(_table(guests)))
+    if failures:
+        raise ConsoleError("; ".join(map(str, failures)))
+
+
+_HEAD = [
+    "NAME",
+    "STATE",
+    "FRONTEND",
+    "PORTS",
+    "READERS",
+    "IN",
+    "OUT",
+    "DROPPED",
+    "RESTARTS",
+    "RSS",
+    "CPU",
+]
+
+
+def _table(guests: list[Any]) -> list[str]:
+    rows = [_HEAD]
+    for guest in guests:
+        frontend = {None: "-", 0: "?"}.get(guest.frontend, str(guest.frontend))
+        rows.append(
+            [
+                _clean(guest.name),
+                guest.state,
+                frontend,
+                _clean(",".join(port.endpoint for port in guest.ports)),
+                str(sum(port.readers for port in guest.ports)),
+                _size(sum(port.input for port in guest.ports)),
+                _size(sum(port.output for port in guest.ports)),
+                _size(sum(port.missed + port.discarded for port in guest.ports)),
+                str(guest.restarts),
+                "-" if guest.rss is None else _size(guest.rss),
+                "-" if guest.cpu is None else f"{guest.cpu:.1f}%",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _size(count: float) -> str:
+    """Return bytes as people say them: 0, 512, 1.5K, 20M."""
+    for unit in ("", "K", "M", "G", "T"):
+        if count < 1000 or unit == "T":
+            break
+        count /= 1024
+    return f"{count:.1f}{unit}" if unit and count < 10 else f"{count:.0f}{unit}"
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"{_NAME}: error: {_clean(message)}", err=True)
+    sys.exit(code)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    if _CAPABILITIES in sys.argv[1:]:
+        # The vhost-user convention: whatever else the command line says does not matter.
+        click.echo(json.dumps({"type": "console"}))
+        sys.exit(0)
+    try:
+        sys.exit(cli.main(prog_name=_NAME, standalone_mode=False))
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except ConfigError as error:
+        _fail(str(error), 2)
+    except BrokenPipeError:
+        # Whoever read our output had enough. Nothing is left to flush at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except (ConsoleError, OSError) as error:
+        _fail(str(error), 1)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)

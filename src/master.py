@@ -1,0 +1,461 @@
+"""The master: makes every door, forks one worker a guest, and keeps them running.
+
+One thread over one selector. Signal handlers only enqueue; what happens to a worker goes through
+`supervision`; an idle master has no timer and no wakeups. It never touches guest memory and does
+not know the vhost-user protocol.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import resource
+import selectors
+import signal
+import termios
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from itertools import pairwise
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from . import __version__, journal, monitor, systemd, worker
+from .config import Daemon, Guest, Nested
+from .endpoints import Endpoints, listen_unix
+from .errors import ConfigError
+from .health import Decoder, Health, PortHealth
+from .supervision import Action, Event, State, Supervisor
+
+if TYPE_CHECKING:
+    import psutil
+
+_log = logging.getLogger(__name__)
+
+Run = Callable[[Guest, worker.Inheritance], int]
+
+#: Exit status of a worker that fell over a mistake of ours (sysexits.h: EX_SOFTWARE).
+_FAULT = 70
+
+_ALWAYS = (signal.SIGTERM, signal.SIGCHLD)
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+#: Descriptors this many guests need are asked for; each takes four and a few in its worker.
+_WANTED_FILES = 1 << 16
+
+_PIPE_READ = 1 << 16
+
+
+class _Terminal:
+    """Standard input's settings as the user left them."""
+
+    def __init__(self) -> None:
+        self._saved: list[int | list[bytes | int]] | None = None
+        with suppress(termios.error):
+            self._saved = termios.tcgetattr(0)
+
+    def restore(self) -> None:
+        """Put them back, without waiting for output that nobody may read."""
+        if self._saved is None:
+            return
+        # Setting them from the background would stop this process.
+        before = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+        try:
+            with suppress(termios.error):
+                if termios.tcgetattr(0) != self._saved:
+                    termios.tcsetattr(0, termios.TCSANOW, self._saved)
+        finally:
+            signal.signal(signal.SIGTTOU, before)
+
+
+class _Guest:
+    """One guest as the master sees it; everything here outlives its workers."""
+
+    def __init__(self, guest: Guest, endpoints: Endpoints, journal_fd: int, now: float) -> None:
+        self.guest = guest
+        self.endpoints = endpoints
+        self.journal = journal_fd
+        self.supervisor = Supervisor(now)
+        self.pid: int | None = None
+        self.pipe: int | None = None
+        self.heard = False  # the pipe's reports are read
+        self.decoder = Decoder()
+        self.health = Health()
+        self.past = {port.id: PortHealth(id=port.id, name=port.name) for port in guest.ports}
+        self.process: psutil.Process | None = None
+        self.sampled = (now, 0.0)  # when, and the processor seconds used until then
+        self.cpu = 0.0
+
+    def retire_counters(self) -> None:
+        """Add a dead worker's counters to those before it: a successor counts from 0."""
+        for port in self.health.ports:
+            past = self.past.setdefault(port.id, PortHealth(id=port.id, name=port.name))
+            _add(past, port)
+        self.health = Health()
+
+    def ports(self) -> list[monitor.PortStatus]:
+        """Return every port's state and its counters over all workers."""
+        current = {port.id: port for port in self.health.ports}
+        statuses = []
+        for port, endpoint in zip(self.guest.ports, self.endpoints.names, strict=True):
+            now = current.get(port.id, PortHealth(id=port.id, name=port.name))
+            total = PortHealth(id=port.id, name=port.name)
+            _add(total, now)
+            _add(total, self.past[port.id])
+            statuses.append(
+                monitor.PortStatus(
+                    id=port.id,
+                    name=monitor.text(port.name),
+                    endpoint=monitor.text(endpoint),
+                    open=now.open,
+                    readers=now.readers,
+                    output=total.output,
+                    input=total.input,
+                    missed=total.missed,
+                    discarded=total.discarded,
+                    stalls=total.stalls,
+                )
+            )
+        return statuses
+
+
+def _add(total: PortHealth, more: PortHealth) -> None:
+    total.output += more.output
+    total.input += more.input
+    total.missed += more.missed
+    total.discarded += more.discarded
+    total.stalls += more.stalls
+
+
+def serve(daemon: Daemon, *, run: Run = worker.run) -> int:
+    """Serve `daemon` until a signal ends it or every guest is done, and return the exit status.
+
+    0: stopped or done. 1: a guest was lost for good. Raises ConfigError, with nothing left behind,
+    when a socket or another endpoint cannot be had.
+    """
+    with ExitStack() as undo:
+        return _Master(daemon, run, undo).serve()
+
+
+class _Master:
+    def __init__(self, daemon: Daemon, run: Run, undo: ExitStack) -> None:
+        self._run = run
+        self._status = 0
+        self._stopping = False
+        _raise_file_limit()
+        self._signals = _enqueue_signals(undo)
+        self._selector = selectors.DefaultSelector()
+        undo.callback(self._selector.close)
+        self._selector.register(self._signals, selectors.EVENT_READ, self._take_signals)
+        self._guests = [self._prepare(guest, undo) for guest in daemon.guests]
+        self._terminal: _Terminal | None = None
+        if any(isinstance(port.backend, Nested) for g in daemon.guests for port in g.ports):
+            self._terminal = _Terminal()
+            undo.callback(self._terminal.restore)
+        self._monitor = self._listen(undo)
+
+    def _prepare(self, guest: Guest, undo: ExitStack) -> _Guest:
+        endpoints = Endpoints(guest)
+        undo.callback(endpoints.close)
+        try:
+            sizes = [(port.output_bytes, port.input_bytes) for port in guest.ports]
+            journal_fd = journal.create(guest.name, sizes)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{guest.name}: cannot make its journal: {reason}") from error
+        undo.callback(os.close, journal_fd)
+        return _Guest(guest, endpoints, journal_fd, time.monotonic())
+
+    def _listen(self, undo: ExitStack) -> monitor.Server | None:
+        try:
+            listener = listen_unix(undo, monitor.own_path(os.environ))
+        except (OSError, ConfigError) as error:
+            _log.warning("no status can be asked for: %s", error)
+            return None
+        server = monitor.Server(self._selector, listener, self._answer)
+        undo.callback(server.close)
+        return server
+
+    # The loop
+
+    def serve(self) -> int:
+        self._announce()
+        gc.collect()
+        gc.freeze()  # what workers share with us stays shared
+        self._tick()
+        systemd.notify("READY=1")
+        try:
+            while any(g.supervisor.state is not State.FINISHED for g in self._guests):
+                for key, _ in self._selector.select(self._timeout()):
+                    key.data()
+                self._tick()
+        finally:
+            systemd.notify("STOPPING=1")
+            self._kill_all()
+        return self._status
+
+    def _announce(self) -> None:
+        """Say on stdout what nobody could guess: the names of ptys."""
+        lines = [
+            f"{guest.guest.name}: {name}\n"
+            for guest in self._guests
+            for name in guest.endpoints.names
+            if name.startswith("/dev/pts/")
+        ]
+        if lines:
+            with suppress(OSError):
+                os.write(1, os.fsencode("".join(lines)))
+
+    def _timeout(self) -> float | None:
+        deadlines = [
+            g.supervisor.deadline for g in self._guests if g.supervisor.deadline is not None
+        ]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        for guest in self._guests:
+            deadline = guest.supervisor.deadline
+            if deadline is not None and deadline <= now:
+                self._step(guest, Event.TIMER)
+
+    def _step(self, guest: _Guest, event: Event) -> None:
+        before = guest.supervisor.state
+        match guest.supervisor.handle(event, time.monotonic()):
+            case Action.START:
+                self._start(guest)
+            case Action.TERMINATE:
+                self._signal(guest, signal.SIGTERM)
+            case Action.KILL:
+                _log.warning("%s: its worker does not end: killed", guest.guest.name)
+                self._signal(guest, signal.SIGKILL)
+            case Action.NOTHING:
+                pass
+        if guest.supervisor.state is State.FINISHED and before is not State.FINISHED:
+            guest.endpoints.close()
+
+    def _take_signals(self) -> None:
+        numbers = set(os.read(self._signals, _PIPE_READ))
+        if numbers.intersection(_STOPS) and not self._stopping:
+            self._stopping = True
+            systemd.notify("STOPPING=1")
+            for guest in self._guests:
+                self._step(guest, Event.STOP)
+        if signal.SIGCHLD in numbers:
+            for guest in self._guests:
+                self._reap(guest)
+
+    # Workers
+
+    def _start(self, guest: _Guest) -> None:
+        guest.decoder = Decoder()
+        # No handler of ours may run in the child before it has its own.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                guest.pid = os.fork()
+                if guest.pid == 0:
+                    _become_worker(self._run, guest, write, blocked)
+            except OSError:
+                os.close(read)
+                raise
+            finally:
+                os.close(write)
+        except OSError as error:
+            _log.error("%s: cannot start a worker: %s", guest.guest.name, error.strerror)
+            self._step(guest, Event.DIED)
+            return
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        guest.pipe = read
+        guest.heard = True
+        guest.process = None
+        guest.sampled = (guest.supervisor.started, 0.0)
+        guest.cpu = 0.0
+        self._selector.register(read, selectors.EVENT_READ, lambda: self._hear(guest))
+
+    def _hear(self, guest: _Guest) -> None:
+        """Take what a worker reports, until its pipe runs dry."""
+        if guest.pipe is None or not guest.heard:
+            return
+        try:
+            while data := os.read(guest.pipe, _PIPE_READ):
+                for record in guest.decoder.feed(data):
+                    guest.health = record
+                    self._step(guest, Event.HEALTHY)
+        except BlockingIOError:
+            return
+        except ValueError as error:
+            _log.error("%s: its worker's reports are ignored from now: %s", guest.guest.name, error)
+        # The pipe stays open: its end would tell the worker that the master is gone.
+        self._selector.unregister(guest.pipe)
+        guest.heard = False
+
+    def _deafen(self, guest: _Guest) -> None:
+        if guest.pipe is not None:
+            if guest.heard:
+                self._selector.unregister(guest.pipe)
+            os.close(guest.pipe)
+            guest.pipe = None
+
+    def _reap(self, guest: _Guest) -> None:
+        if guest.pid is None:
+            return
+        pid, status = os.waitpid(guest.pid, os.WNOHANG)
+        if pid == 0:
+            return
+        guest.pid = None
+        guest.process = None
+        self._hear(guest)
+        self._deafen(guest)
+        guest.retire_counters()
+        if self._terminal is not None:
+            self._terminal.restore()
+        code = os.waitstatus_to_exitcode(status)
+        if code == 0 or guest.supervisor.state is State.STOPPING:
+            self._step(guest, Event.DONE)
+            return
+        _log.error("%s: its worker died: %s", guest.guest.name, _cause(code))
+        if guest.endpoints.resumable():
+            self._step(guest, Event.DIED)
+        else:
+            # A successor would have half a conversation.
+            _log.error("%s: its connection is lost with it", guest.guest.name)
+            self._status = 1
+            self._step(guest, Event.DONE)
+
+    def _signal(self, guest: _Guest, number: signal.Signals) -> None:
+        # A process id stays ours until we reap it.
+        if guest.pid is not None:
+            os.kill(guest.pid, number)
+
+    def _kill_all(self) -> None:
+        """Leave no worker behind, whatever ended the loop."""
+        for guest in self._guests:
+            self._signal(guest, signal.SIGKILL)
+            if guest.pid is not None:
+                os.waitpid(guest.pid, 0)
+                guest.pid = None
+            self._deafen(guest)
+
+    # Status
+
+    def _answer(self) -> monitor.Status:
+        now = time.monotonic()
+        return monitor.Status(
+            version=__version__, guests=[self._describe(guest, now) for guest in self._guests]
+        )
+
+    def _describe(self, guest: _Guest, now: float) -> monitor.GuestStatus:
+        alive = guest.pid is not None
+        rss, cpu = _sample(guest, now)
+        return monitor.GuestStatus(
+            name=monitor.text(guest.guest.name),
+            socket=monitor.text(guest.guest.socket_path or f"fd {guest.guest.fd}"),
+            state=guest.supervisor.state,
+            daemon=os.getpid(),
+            worker=guest.pid,
+            frontend=guest.health.frontend,
+            uptime=round(now - guest.supervisor.started, 3) if alive else None,
+            restarts=max(0, guest.supervisor.restarts),
+            rss=rss,
+            cpu=cpu,
+            ports=guest.ports(),
+        )
+
+
+def _sample(guest: _Guest, now: float) -> tuple[int | None, float | None]:
+    """Return the worker's resident bytes and its processor share since the last sample."""
+    import psutil  # only who asks for a status pays for it
+
+    if guest.pid is None:
+        return None, None
+    try:
+        if guest.process is None:
+            guest.process = psutil.Process(guest.pid)
+        with guest.process.oneshot():
+            rss = guest.process.memory_info().rss
+            times = guest.process.cpu_times()
+    except psutil.Error:
+        return None, None
+    then, used = guest.sampled
+    total = times.user + times.system
+    # The kernel counts in ticks of 10 ms: a shorter span would say 0 or 100 %.
+    if now - then >= 0.1:
+        guest.cpu = round(100 * (total - used) / (now - then), 1)
+        guest.sampled = (now, total)
+    return rss, guest.cpu
+
+
+def _cause(code: int) -> str:
+    """Say what an exit code (negative: a signal) means."""
+    if code >= 0:
+        return f"exit status {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"{name} (the frontend shrank its memory)" if -code == signal.SIGBUS else name
+
+
+def _raise_file_limit() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _WANTED_FILES if hard == resource.RLIM_INFINITY else min(hard, _WANTED_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _ignore(_number: int, _frame: FrameType | None) -> None:
+    """Stand in for a signal that the wakeup descriptor reports."""
+
+
+def _enqueue_signals(undo: ExitStack) -> int:
+    """Return a descriptor that yields the number of each signal the master cares for."""
+    read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    undo.callback(os.close, read)
+    undo.callback(os.close, write)
+    undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(write, warn_on_full_buffer=False))
+    for number in (*_STOPS, signal.SIGCHLD):
+        # nohup and a shell's `&` have some of them ignored: they stay so.
+        if signal.getsignal(number) is not signal.SIG_IGN or number in _ALWAYS:
+            undo.callback(signal.signal, number, signal.signal(number, _ignore))
+    return read
+
+
+def _become_worker(
+    run: Run, guest: _Guest, health: int, blocked: set[int | signal.Signals]
+) -> None:
+    """Turn this forked child into `guest`'s worker; never returns."""
+    status = _FAULT
+    try:
+        signal.set_wakeup_fd(-1)
+        for number in _STOPS:
+            signal.signal(number, signal.SIG_IGN)  # only the master decides
+        for number in (signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+        ends = guest.endpoints
+        heirlooms = worker.Inheritance(
+            frontend=ends.frontend,
+            journal=guest.journal,
+            health=health,
+            endpoints=tuple(ends.ports),
+        )
+        ports = [fd for fd in ends.ports if fd is not None]
+        _close_others({0, 1, 2, ends.frontend, guest.journal, health, *ports})
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        status = run(guest.guest, heirlooms)
+    except BaseException as error:  # a worker that falls must not become a second master
+        _log.error("%s: %s: %s", guest.guest.name, type(error).__name__, error)
+        _log.debug("%s: where it happened", guest.guest.name, exc_info=True)
+    finally:
+        os._exit(status & 0xFF)
+
+
+def _close_others(kept: set[int]) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    for fd, following in pairwise([*sorted(kept), max(limit, max(kept) + 1)]):
+        os.closerange(fd + 1, following)

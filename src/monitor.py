@@ -1,0 +1,287 @@
+"""The monitor socket: what a daemon answers about itself, and how to ask.
+
+One socket per daemon. A message is one line of JSON with a `type`; a client may send any number of
+requests and gets one reply to each, in order.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import selectors
+import socket
+import stat
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+import msgspec
+
+from . import endpoints
+from .errors import ConfigError, ConsoleError
+
+#: Clients served at once; one more takes the place of the oldest.
+MOST_CLIENTS = 16
+
+#: Bytes a request may have.
+LARGEST_REQUEST = 1 << 16
+
+#: Bytes of replies kept for a client that does not read them; then it is dropped.
+MOST_UNREAD = 1 << 22
+
+#: Seconds a daemon has to answer a command.
+ANSWER_WITHIN = 5.0
+
+_NAME = "vhost-device-console"
+
+
+class StatusRequest(msgspec.Struct, tag_field="type", tag="status"):
+    """Ask how every guest is."""
+
+
+class PortStatus(msgspec.Struct, kw_only=True):
+    """One port; the counters are those of `health.PortHealth`, summed over all workers so far.
+
+    `endpoint` is where people attach: `127.0.0.1:12345`, a path, or `terminal`.
+    """
+
+    id: int
+    name: str
+    endpoint: str
+    open: bool
+    readers: int
+    output: int
+    input: int
+    missed: int
+    discarded: int
+    stalls: int
+
+
+class GuestStatus(msgspec.Struct, kw_only=True):
+    """One guest.
+
+    `daemon` and `worker` are process ids, `frontend` as in `health.Health`. `uptime` is the
+    worker's age in seconds, `rss` its resident bytes, `cpu` its share of one processor in percent
+    since it was last asked, all None when there is no worker.
+    """
+
+    name: str
+    socket: str
+    state: str
+    daemon: int
+    worker: int | None
+    frontend: int | None
+    uptime: float | None
+    restarts: int
+    rss: int | None
+    cpu: float | None
+    ports: list[PortStatus]
+
+
+class Status(msgspec.Struct, tag_field="type", tag="status", kw_only=True):
+    """The reply to `StatusRequest`."""
+
+    version: str
+    guests: list[GuestStatus]
+
+
+class Failure(msgspec.Struct, tag_field="type", tag="failure"):
+    """The reply to a request that makes no sense."""
+
+    message: str
+
+
+_encoder = msgspec.json.Encoder()
+_request = msgspec.json.Decoder(StatusRequest)
+_reply = msgspec.json.Decoder(Status | Failure)
+
+
+def plain(guests: list[GuestStatus]) -> object:
+    """Return `guests` as lists and dicts, for json."""
+    return msgspec.to_builtins(guests)
+
+
+def text(name: str) -> str:
+    """Return a path or name as text that JSON can carry, undecodable bytes spelled out."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def folders(environ: Mapping[str, str], uid: int) -> list[str]:
+    """Return where monitor sockets of user `uid` may be, best place first.
+
+    systemd's $RUNTIME_DIRECTORY alone counts when it is given.
+    """
+    given = environ.get("RUNTIME_DIRECTORY")
+    if given:
+        return [given.split(":")[0]]
+    places = []
+    if session := environ.get("XDG_RUNTIME_DIR"):
+        places.append(f"{session}/{_NAME}")
+    places.append(f"/run/{_NAME}" if uid == 0 else f"/tmp/{_NAME}-{uid}")  # noqa: S108 (checked)
+    return places
+
+
+def _is_private(folder: str) -> bool:
+    status = os.lstat(folder)
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+
+
+def own_path(environ: Mapping[str, str]) -> str:
+    """Return where this process is to listen, its folder made (0700) when it is missing.
+
+    Raises OSError or ConfigError when there is no such place.
+    """
+    failure: Exception = ConfigError("no runtime folder")
+    for folder in folders(environ, os.geteuid()):
+        try:
+            with suppress(FileExistsError):
+                os.mkdir(folder, 0o700)
+            if _is_private(folder):
+                return f"{folder}/{os.getpid()}.sock"
+            failure = ConfigError(f"{folder} belongs to another user")
+        except OSError as error:
+            failure = error
+    raise failure
+
+
+def find(environ: Mapping[str, str]) -> list[str]:
+    """Return the monitor sockets of the daemons that run, by process id; remove stale ones."""
+    found = []
+    me = os.geteuid()
+    for folder in folders(environ, me):
+        with suppress(OSError):
+            # Under a service manager the folder is the service's user's, which root may ask.
+            if me != 0 and not _is_private(folder):
+                continue
+            for entry in os.scandir(folder):
+                inner = os.scandir(entry.path) if entry.is_dir(follow_symlinks=False) else [entry]
+                found += [e.path for e in inner if e.name.endswith(".sock")]
+    return [path for path in sorted(found) if not endpoints.remove_if_stale(path)]
+
+
+def ask(path: str) -> Status:
+    """Return the status of the daemon behind the monitor socket `path`.
+
+    Raises ConsoleError when it does not answer as it should.
+    """
+    received = bytearray()
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.settimeout(ANSWER_WITHIN)
+            client.connect(path)
+            client.sendall(_encoder.encode(StatusRequest()) + b"\n")
+            while not received.endswith(b"\n"):
+                data = client.recv(1 << 16)
+                if not data:
+                    raise ConsoleError(f"the daemon at {path} hung up")
+                received += data
+        reply: Status | Failure = _reply.decode(received)
+    except TimeoutError:
+        raise ConsoleError(f"the daemon at {path} does not answer") from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConsoleError(f"cannot ask the daemon at {path}: {reason}") from error
+    except msgspec.MsgspecError as error:
+        raise ConsoleError(f"no status from {path}: {error}") from error
+    if isinstance(reply, Failure):
+        raise ConsoleError(f"the daemon at {path} refused: {reply.message}")
+    return reply
+
+
+class _Client:
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.received = bytearray()
+        self.unsent = bytearray()
+
+
+class Server:
+    """Answers clients from the caller's selector, whose keys carry a callable as data.
+
+    `listener` is a non-blocking listening socket's descriptor, which stays the caller's.
+    """
+
+    def __init__(
+        self, selector: selectors.BaseSelector, listener: int, status: Callable[[], Status]
+    ) -> None:
+        self._selector = selector
+        self._listener = listener
+        self._status = status
+        self._clients: dict[int, _Client] = {}
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        selector.register(listener, selectors.EVENT_READ, self._accept)
+
+    def close(self) -> None:
+        """Drop every client and stop listening."""
+        self._selector.unregister(self._listener)
+        for client in list(self._clients.values()):
+            self._drop(client)
+        os.close(self._spare)
+
+    def _accept(self) -> None:
+        borrowed = socket.socket(fileno=self._listener)
+        try:
+            connection, _ = borrowed.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._turn_away(borrowed)
+            return
+        finally:
+            borrowed.detach()
+        if len(self._clients) >= MOST_CLIENTS:
+            self._drop(next(iter(self._clients.values())))
+        connection.setblocking(False)
+        client = _Client(connection)
+        self._clients[connection.fileno()] = client
+        self._selector.register(connection, selectors.EVENT_READ, lambda: self._serve(client))
+
+    def _turn_away(self, listener: socket.socket) -> None:
+        """Hang up on a client there is no descriptor for, or the listener stays readable."""
+        os.close(self._spare)
+        with suppress(OSError):
+            listener.accept()[0].close()
+        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _drop(self, client: _Client) -> None:
+        del self._clients[client.connection.fileno()]
+        self._selector.unregister(client.connection)
+        client.connection.close()
+
+    def _serve(self, client: _Client) -> None:
+        if self._clients.get(client.connection.fileno()) is not client:
+            return  # dropped since it was found ready
+        try:
+            alive = self._flush(client) and self._read(client)
+        except OSError:
+            alive = False
+        if not alive:
+            self._drop(client)
+
+    def _read(self, client: _Client) -> bool:
+        try:
+            data = client.connection.recv(LARGEST_REQUEST)
+        except BlockingIOError:
+            return True
+        *requests, client.received = (client.received + data).split(b"\n")
+        for request in requests:
+            client.unsent += self._answer(request)
+            if not self._flush(client):
+                return False
+        return bool(data) and len(client.received) < LARGEST_REQUEST
+
+    def _answer(self, request: bytearray) -> bytes:
+        try:
+            _request.decode(request)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            return _encoder.encode(Failure(str(error))) + b"\n"
+        return _encoder.encode(self._status()) + b"\n"
+
+    def _flush(self, client: _Client) -> bool:
+        """Send what can be sent; tell whether the client reads fast enough to be kept."""
+        with suppress(BlockingIOError):
+            while client.unsent:
+                del client.unsent[: client.connection.send(client.unsent)]
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.unsent else 0)
+        key = self._selector.get_key(client.connection)
+        if key.events != wanted:
+            self._selector.modify(client.connection, wanted, key.data)
+        return len(client.unsent) <= MOST_UNREAD
