@@ -151,6 +151,8 @@ def from_options(
     """
     if (socket_path is None) == (fd is None):
         raise ConfigError("give either --socket-path or --fd")
+    if socket_path == "":
+        raise ConfigError("--socket-path is empty")
     if socket_count < 1:
         raise ConfigError(f"--socket-count must be at least 1, not {socket_count}")
     if fd is not None and socket_count != 1:

@@ -115,6 +115,8 @@ class _Guest:
                     missed=total.missed,
                     discarded=total.discarded,
                     stalls=total.stalls,
+                    columns=now.columns,
+                    rows=now.rows,
                 )
             )
         return statuses

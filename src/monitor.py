@@ -54,6 +54,8 @@ class PortStatus(msgspec.Struct, kw_only=True):
     missed: int
     discarded: int
     stalls: int
+    columns: int
+    rows: int
 
 
 class GuestStatus(msgspec.Struct, kw_only=True):

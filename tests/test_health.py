@@ -1,0 +1,93 @@
+"""Health records and their framing."""
+
+from __future__ import annotations
+
+import pytest
+from vhost_device_console.health import Decoder, Health, PortHealth, encode
+
+RECORD = Health(
+    frontend=1234,
+    sessions=1,
+    kicks=2,
+    calls=3,
+    chains=4,
+    refused=5,
+    broken=6,
+    ignored=7,
+    ports=[
+        PortHealth(
+            id=0,
+            name="console0",
+            open=True,
+            readers=2,
+            output=1 << 40,
+            input=3,
+            missed=4,
+            discarded=5,
+            stalls=6,
+        )
+    ],
+)
+
+
+def test_a_record_is_a_length_and_a_messagepack_array() -> None:
+    assert encode(Health()) == b"\x0a\x00\x00\x00\x99\xc0\x00\x00\x00\x00\x00\x00\x00\x90"
+
+
+def test_a_port_is_an_array_within_it() -> None:
+    port = PortHealth(id=1, name="a", open=True, readers=2, columns=80, rows=24)
+    assert encode(Health(frontend=5, ports=[port])) == (
+        b"\x17\x00\x00\x00"
+        b"\x99\x05\x00\x00\x00\x00\x00\x00\x00"
+        b"\x91\x9b\x01\xa1a\xc3\x02\x00\x00\x00\x00\x00\x50\x18"
+    )
+
+
+def test_what_is_encoded_is_decoded() -> None:
+    assert Decoder().feed(encode(RECORD)) == [RECORD]
+
+
+def test_a_record_may_come_byte_by_byte() -> None:
+    decoder = Decoder()
+    frame = encode(RECORD)
+    assert [r for i in range(len(frame)) for r in decoder.feed(frame[i : i + 1])] == [RECORD]
+
+
+def test_several_records_may_come_at_once_oldest_first() -> None:
+    frames = b"".join(encode(Health(kicks=n)) for n in range(5))
+    assert [record.kicks for record in Decoder().feed(frames)] == [0, 1, 2, 3, 4]
+
+
+def test_a_piece_of_the_next_record_is_kept() -> None:
+    frame = encode(RECORD)
+    decoder = Decoder()
+    assert decoder.feed(frame + frame[:7]) == [RECORD]
+    assert decoder.feed(frame[7:]) == [RECORD]
+
+
+def test_127_ports_fit_in_a_record() -> None:
+    port = RECORD.ports[0]
+    full = Health(ports=[PortHealth(id=n, name="n" * 20, output=port.output) for n in range(127)])
+    assert Decoder().feed(encode(full)) == [full]
+
+
+def test_a_length_beyond_any_record_is_refused_before_its_bytes_come() -> None:
+    with pytest.raises(ValueError, match="record of 65537 bytes"):
+        Decoder().feed((65537).to_bytes(4, "little"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\xc1",
+        b"\x80",
+        b"\x99\xa1x\x00\x00\x00\x00\x00\x00\x00\x90",
+        b"\x90\x00",
+        b"\xff" * 40,
+    ],
+    ids=["empty", "reserved", "map", "text for a number", "trailing", "noise"],
+)
+def test_bytes_that_are_no_record_are_refused(body: bytes) -> None:
+    with pytest.raises(ValueError, match="not a health record"):
+        Decoder().feed(len(body).to_bytes(4, "little") + body)
