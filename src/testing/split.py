@@ -206,7 +206,7 @@ class SplitDriver:
                     f"{needed} descriptors are needed, {len(self._free)} of {self.size} are free"
                 )
             descriptors = self._free[: -needed - 1 : -1]
-        elif len(descriptors) != needed or not set(descriptors) <= set(self._free):
+        elif len(descriptors) != needed or len(set(descriptors) & set(self._free)) != needed:
             raise RingFullError(f"descriptors {list(descriptors)} are not {needed} free ones")
         if indirect:
             table = self.memory.alloc(16 * len(buffers))
