@@ -40,6 +40,7 @@ class Watcher(Reader):
 class Port:
     """One port of the console: `opened` says whether a program in the guest has it open.
 
+    `size` is that of the terminal at the port, in columns and rows, (0, 0) where it is not known.
     Counters are in bytes: `discarded` what the guest wrote to a disabled queue, `missed` what
     readers that are gone were skipped over; `stalls` counts readers found stuck.
     """
@@ -54,6 +55,7 @@ class Port:
         self.input = input_
         self.opened = False
         self.watchers: list[Watcher] = []
+        self.size = (0, 0)
         self.discarded = 0
         self.stalls = 0
         self._missed = 0
@@ -96,12 +98,14 @@ class Port:
 
     def stall(self) -> None:
         """Count the holder as stuck: it kept the guest waiting for the whole stall limit."""
-        holder = self._holder()
+        holder = self.holder
         if holder is not None:
             holder.stuck = True
             self.stalls += 1
 
-    def _holder(self) -> Watcher | None:
+    @property
+    def holder(self) -> Watcher | None:
+        """The reader whose pace a full journal keeps, if any."""
         return next((watcher for watcher in self.watchers if not watcher.stuck), None)
 
     def take_output(self, queue: Queue, most: int) -> int:
@@ -114,7 +118,7 @@ class Port:
         if chain is None:
             return 0
         output = self.output
-        holder = self._holder()
+        holder = self.holder
         limit = None if holder is None else holder.offset + output.size
         taken = 0
         try:

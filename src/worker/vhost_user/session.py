@@ -41,12 +41,12 @@ class CheckRing(NamedTuple):
 
 
 class StartRing(NamedTuple):
-    """Run a ring from now on, or give a running one another kick fd (None: watch the ring)."""
+    """Run a ring from now on, or give a running one another kick fd."""
 
     ring: int
     size: int
     addr: VringAddr
-    kick: int | None
+    kick: int
     enabled: bool
 
 
@@ -182,7 +182,7 @@ class Session:
         for one whose payload is not what its request has. The effects that name fds own them once
         all steps are done; until then, and whenever a step fails, they are the caller's.
         """
-        handler = _HANDLERS.get(request)
+        handler = self._HANDLERS.get(request)
         if handler is None:
             raise RefusedError(f"vhost-user request {request} is unknown or not supported")
         if fds and request not in _WITH_FDS:
@@ -277,6 +277,8 @@ class Session:
     def _set_vring_kick(self, payload: bytes, fds: list[int]) -> Steps:
         index, fd = _vring_fd(payload, fds)
         ring = self._ring(index)
+        if fd is None:
+            raise RefusedError(f"queue {index} has no kick fd: rings are not polled here")
         if ring.addr is None:
             raise RefusedError(f"queue {index} cannot start: it has no addresses")
         # Without protocol features there is no SET_VRING_ENABLE: rings start enabled.

@@ -1,0 +1,265 @@
+"""Everyone at one port: clients arrive, read the journal at their own pace, type, and leave.
+
+A client has two halves that end on their own. The output half ends when writing fails; what the
+client typed before it left still reaches the guest. The input half ends at end of file; the client
+is then served until it takes nothing for a moment, so that a pipe into `nc -N` gets its answer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from .backends.base import Client, Endpoint
+from .console.port import Port, Watcher
+from .poller import HUP, IN, OUT, Poller
+
+#: How long a client that will not type any more is kept without taking anything.
+_GRACE_S = 1.0
+
+#: How long arrivals wait when the system has no room for them.
+_NO_ROOM_S = 1.0
+
+#: A client's share of one round, in bytes.
+_MOST_PER_ROUND = 1 << 18
+
+
+class _Seat:
+    """One client: `watcher` is its output half while there is one, `typing` its input half."""
+
+    def __init__(self, client: Client, watcher: Watcher) -> None:
+        self.client = client
+        self.watcher: Watcher | None = watcher
+        self.typing = True
+        self.paused = False  # the port's input has no room
+        self.polled = True  # for input; not once it hung up while paused
+        self.blocked = False  # its output has no room
+        self.notice = b""  # of a gap, due before the bytes after it
+        self.took = False  # something since the grace timer looked
+
+
+class Audience:
+    """The clients of `port`, who arrive at `endpoint`; `changed` hears of every come and go."""
+
+    def __init__(
+        self,
+        port: Port,
+        endpoint: Endpoint,
+        poller: Poller,
+        stall_ms: int,
+        log: logging.Logger,
+        changed: Callable[[], None],
+    ) -> None:
+        self._port = port
+        self._endpoint = endpoint
+        self._poller = poller
+        self._stall_s = stall_ms / 1000
+        self._log = log
+        self._changed = changed
+        self._seats: list[_Seat] = []
+        self._stall = poller.timer(self._stalled)
+        self._stall_mark = -1
+        self._grace = poller.timer(self._out_of_grace)
+        self._no_room = poller.timer(self._listen)
+        self._listen()
+        self._arrive(0)
+
+    @property
+    def served(self) -> bool:
+        """Whether everyone was given all there is."""
+        return not any(
+            seat.notice or (seat.watcher and seat.watcher.pending) for seat in self._seats
+        )
+
+    def _listen(self) -> None:
+        fd = self._endpoint.fileno()
+        if fd is not None:
+            self._poller.watch(fd, self._arrive)
+
+    def _arrive(self, _: int) -> None:
+        # Whoever leaves at the same moment leaves first: the next one is then not its watcher.
+        for seat in [*self._seats]:
+            if seat.typing and seat.polled and not seat.paused:
+                self._read(seat)
+        try:
+            while (client := self._endpoint.accept()) is not None:
+                self._seat(client)
+        except OSError as error:
+            self._log.warning("cannot take another client, next try in a second: %s", error)
+            fd = self._endpoint.fileno()
+            if fd is not None:
+                self._poller.forget(fd)
+                self._no_room.start(_NO_ROOM_S)
+
+    def _seat(self, client: Client) -> None:
+        seat = _Seat(client, self._port.attach())
+        self._seats.append(seat)
+        self._poller.watch(
+            client.reads, lambda events: self._readable(seat, events), IN, file_too=True
+        )
+        self._poller.watch(
+            client.writes, lambda events: self._writable(seat, events), 0, file_too=True
+        )
+        self._log.info("port %d: %s attached", self._port.id, client.name)
+        self._changed()
+
+    # The input half
+
+    def _readable(self, seat: _Seat, events: int) -> None:
+        if seat.paused:
+            if events & HUP:
+                # Reported for ever from here on; what is left to read waits for room.
+                self._poller.forget(seat.client.reads)
+                seat.polled = False
+            return
+        self._read(seat)
+
+    def _read(self, seat: _Seat) -> None:
+        room = self._port.input.room()
+        if not room:
+            seat.paused = True
+            if seat.polled:
+                self._poller.want(seat.client.reads, 0)
+            return
+        try:
+            count = seat.client.read(room)
+        except ConnectionError:
+            self._ended(seat)
+            self._deafen(seat)
+            return
+        if count:
+            self._port.input.fed(count)
+        elif count == 0:
+            self._ended(seat)
+
+    def resume(self) -> None:
+        """Let those type again who had to wait: the guest has taken input."""
+        for seat in [*self._seats]:
+            if not seat.paused or not self._port.input.room():
+                continue
+            seat.paused = False
+            if seat.polled:
+                self._poller.want(seat.client.reads, IN)
+            while not seat.polled and seat.typing and not seat.paused:
+                self._read(seat)
+
+    def _ended(self, seat: _Seat) -> None:
+        if not seat.typing:
+            return
+        seat.typing = False
+        if seat.polled:
+            self._poller.forget(seat.client.reads)
+        if seat.watcher is None:
+            self._leave(seat)
+        elif not seat.client.stays and self._grace.due is None:
+            self._grace.start(_GRACE_S)
+
+    def _out_of_grace(self) -> None:
+        waiting = [seat for seat in self._seats if not seat.typing and not seat.client.stays]
+        for seat in waiting:
+            if not seat.took:
+                self._deafen(seat)
+            seat.took = False
+        if any(seat in self._seats for seat in waiting):
+            self._grace.start(_GRACE_S)
+
+    # The output half
+
+    def _writable(self, seat: _Seat, events: int) -> None:
+        if events & HUP:
+            self._deafen(seat)
+            return
+        seat.blocked = False
+        self._poller.want(seat.client.writes, 0)
+
+    def flush(self) -> bool:
+        """Give everyone their next bytes; return whether anyone took some."""
+        progress = False
+        for seat in [*self._seats]:
+            watcher = seat.watcher
+            if watcher is None or seat.blocked or not (watcher.pending or seat.notice):
+                continue
+            try:
+                took = self._give(seat, watcher)
+            except OSError as error:
+                if not isinstance(error, ConnectionError):
+                    self._log.warning(
+                        "port %d: %s failed: %s", self._port.id, seat.client.name, error
+                    )
+                self._deafen(seat)
+                continue
+            if took:
+                progress = seat.took = True
+        self._mind_the_holder()
+        return progress
+
+    def _give(self, seat: _Seat, watcher: Watcher) -> int:
+        lost = watcher.skip_lost()
+        if lost:
+            seat.notice += b"\r\n[vhost-device-console: %d bytes missed]\r\n" % lost
+            self._log.warning(
+                "port %d: %s did not read in time and missed %d bytes",
+                self._port.id,
+                seat.client.name,
+                lost,
+            )
+        if seat.notice:
+            seat.notice = seat.notice[seat.client.write(seat.notice) :]
+            if seat.notice:
+                return self._block(seat, 0)
+        took = 0
+        while took < _MOST_PER_ROUND and (span := watcher.span()):
+            count = seat.client.write(span)
+            self._port.took(watcher, count)
+            took += count
+            if count < len(span):
+                return self._block(seat, took)
+        return took
+
+    def _block(self, seat: _Seat, took: int) -> int:
+        seat.blocked = True
+        self._poller.want(seat.client.writes, OUT)
+        return took
+
+    def _deafen(self, seat: _Seat) -> None:
+        if seat.watcher is None:
+            return
+        self._poller.forget(seat.client.writes)
+        self._port.detach(seat.watcher, seat.client.undelivered())
+        seat.watcher = None
+        if not seat.typing:
+            self._leave(seat)
+
+    # The guest waits
+
+    def _mind_the_holder(self) -> None:
+        if not self._port.holding:
+            self._stall.stop()
+            self._stall_mark = -1
+            return
+        holder = self._port.holder
+        mark = -1 if holder is None else holder.offset
+        if mark != self._stall_mark:
+            self._stall_mark = mark
+            self._stall.start(self._stall_s)
+
+    def _stalled(self) -> None:
+        self._stall_mark = -1
+        self._port.stall()
+        self._changed()
+
+    def _leave(self, seat: _Seat) -> None:
+        self._seats.remove(seat)
+        seat.client.close()
+        self._log.info("port %d: %s left", self._port.id, seat.client.name)
+        self._changed()
+
+    def close(self) -> None:
+        """Let everyone go, and the endpoint."""
+        for seat in [*self._seats]:
+            self._ended(seat)
+            self._deafen(seat)
+        fd = self._endpoint.fileno()
+        if fd is not None:
+            self._poller.forget(fd)
+        self._endpoint.close()

@@ -1,0 +1,52 @@
+"""What every console backend is: an endpoint where clients arrive, and clients that come and go."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Client(Protocol):
+    """One attached person or program. Nothing here ever blocks.
+
+    `reads` and `writes` are two descriptors to wait on, one for each half. `stays` says that the
+    end of its input is not the beginning of its leaving.
+    """
+
+    name: str
+    reads: int
+    writes: int
+    stays: bool
+
+    def read(self, into: memoryview) -> int | None:
+        """Read into `into`; return how many bytes, 0 at the end of input, None for not now.
+
+        Raises ConnectionError when the client is gone.
+        """
+
+    def write(self, data: memoryview | bytes) -> int:
+        """Write what fits now; return how many bytes, 0 for none.
+
+        Raises ConnectionError when the client is gone, other OSErrors when the sink failed.
+        """
+
+    def undelivered(self) -> int:
+        """Return how many of the bytes written are known not to have arrived."""
+
+    def close(self) -> None:
+        """Let the client go."""
+
+
+class Endpoint(Protocol):
+    """Where the clients of one port arrive."""
+
+    def fileno(self) -> int | None:
+        """Return the descriptor that is readable when clients arrive, None when none ever does."""
+
+    def accept(self) -> Client | None:
+        """Return a client that has arrived, None when there is none (yet).
+
+        Raises OSError when the system has no room for one.
+        """
+
+    def close(self) -> None:
+        """Accept no more; the clients are their owner's."""

@@ -1,0 +1,117 @@
+"""The pty backend: whoever opens the slave side, with `screen`, `minicom` or `cat`.
+
+The master process made the pair and keeps it, raw, for good; here its controlling side is read and
+written while a slave is open. That it was opened nobody is told by poll, so inotify watches it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import select
+import struct
+
+_IN_OPEN = 0x20
+_NUMBER = struct.Struct("=I")
+
+# ioctl_tty(2); the termios module knows the name from Python 3.13 on.
+_TIOCGPTN = 0x80045430
+
+
+def slave_name(fd: int) -> str:
+    """Return the path of the slave whose controlling side is `fd`."""
+    raw = fcntl.ioctl(fd, _TIOCGPTN, bytes(_NUMBER.size))
+    return f"/dev/pts/{_NUMBER.unpack(raw)[0]}"
+
+
+def _watch_opens(path: str) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    if fd < 0 or libc.inotify_add_watch(fd, os.fsencode(path), _IN_OPEN) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
+    return fd
+
+
+class PtyClient:
+    """Everybody who has the slave open, as one client until the last of them closes it."""
+
+    stays = False
+
+    def __init__(self, fd: int, name: str) -> None:
+        self.name = name
+        self.reads = fd
+        self.writes = os.dup(fd)
+        self.closed = False
+
+    def read(self, into: memoryview) -> int | None:
+        """See `Client.read`; a slave that nobody has open any more is a client that is gone."""
+        try:
+            return os.readv(self.reads, [into])
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise _gone(error) from None
+
+    def write(self, data: memoryview | bytes) -> int:
+        """See `Client.write`."""
+        try:
+            return os.write(self.writes, data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise _gone(error) from None
+
+    def undelivered(self) -> int:
+        """Return 0: what the terminal took stays in it for whoever opens it next."""
+        return 0
+
+    def close(self) -> None:
+        """Let go; the pty itself stays. Idempotent."""
+        if not self.closed:
+            os.close(self.writes)
+        self.closed = True
+
+
+def _gone(error: OSError) -> OSError:
+    return ConnectionResetError("nobody has the pty open") if error.errno == errno.EIO else error
+
+
+class PtyEndpoint:
+    """The controlling side of a pty; one client at a time, present while a slave is open."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._name = slave_name(fd)
+        self._opens = _watch_opens(self._name)
+        self._poll = select.poll()
+        self._poll.register(fd, 0)
+        self._client: PtyClient | None = None
+        os.set_blocking(fd, False)
+
+    def fileno(self) -> int:
+        """Return the descriptor that is readable after somebody opened the slave."""
+        return self._opens
+
+    def accept(self) -> PtyClient | None:
+        """Return a client if the slave is open and there is none yet."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._opens, 4096)
+        if self._client is not None and not self._client.closed:
+            return None
+        closed = any(events & select.POLLHUP for _, events in self._poll.poll(0))
+        self._client = None if closed else PtyClient(self._fd, self._name)
+        return self._client
+
+    def close(self) -> None:
+        """Close this side; the pair lives on in the master process."""
+        os.close(self._opens)
+        os.close(self._fd)
+
+
+def endpoint(fd: int) -> PtyEndpoint:
+    """Return the endpoint of a pty's controlling side, and own it."""
+    return PtyEndpoint(fd)

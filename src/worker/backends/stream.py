@@ -1,0 +1,74 @@
+"""Clients over stream sockets, as the tcp and unix backends have them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+
+
+class StreamClient:
+    """A connected stream socket."""
+
+    stays = False
+
+    def __init__(self, sock: socket.socket, name: str) -> None:
+        sock.setblocking(False)
+        self._sock = sock
+        self.name = name
+        self.reads = sock.fileno()
+        self.writes = os.dup(self.reads)
+
+    def read(self, into: memoryview) -> int | None:
+        """See `Client.read`."""
+        try:
+            return self._sock.recv_into(into)
+        except BlockingIOError:
+            return None
+
+    def write(self, data: memoryview | bytes) -> int:
+        """See `Client.write`."""
+        try:
+            return self._sock.send(data, socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return 0
+
+    def undelivered(self) -> int:
+        """Return 0: a unix socket does not tell."""
+        return 0
+
+    def close(self) -> None:
+        """Close the connection. Idempotent."""
+        if self.writes >= 0:
+            os.close(self.writes)
+            self.writes = -1
+        self._sock.close()
+
+
+class StreamEndpoint:
+    """A listening socket, made by the master."""
+
+    def __init__(self, fd: int, client: Callable[[socket.socket], StreamClient]) -> None:
+        self._sock = socket.socket(fileno=fd)
+        self._sock.setblocking(False)
+        self._client = client
+
+    def fileno(self) -> int:
+        """Return the listening descriptor."""
+        return self._sock.fileno()
+
+    def accept(self) -> StreamClient | None:
+        """See `Endpoint.accept`."""
+        try:
+            sock, _ = self._sock.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return None
+        try:
+            return self._client(sock)
+        except OSError:  # gone before it could be set up
+            sock.close()
+            return None
+
+    def close(self) -> None:
+        """Close the listener."""
+        self._sock.close()

@@ -1,0 +1,145 @@
+"""The nested backend: the terminal (or pipes) that the daemon was started from.
+
+A terminal is set raw, so every key but one goes to the guest: Ctrl-] begins an escape, of which
+`?` lists the keys. Standard input and output are opened anew where that is possible, since
+non-blocking mode would otherwise be switched on for whoever else has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import termios
+import tty
+from collections.abc import Callable
+from typing import Any
+
+_ESCAPE = 0x1D  # Ctrl-]
+
+_HELP = b"\r\n[Ctrl-] then q: leave, the daemon ends; ?: this list; Ctrl-]: send Ctrl-] itself]\r\n"
+
+
+def _open_anew(fd: int, flags: int) -> tuple[int, bool]:
+    """Return a non-blocking descriptor for `fd`'s file, and whether it shares `fd`'s modes."""
+    kind = os.fstat(fd).st_mode
+    flags |= os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    if stat.S_ISFIFO(kind) or os.isatty(fd):
+        with contextlib.suppress(OSError):  # another user's terminal
+            return os.open(f"/proc/self/fd/{fd}", flags), False
+    return os.dup(fd), True
+
+
+class Terminal:
+    """Standard input and output as a client that is there from the start; also its own endpoint.
+
+    `leave` is called when the user asks to, or when nobody can read the output any more.
+    """
+
+    name = "terminal"
+    stays = True
+
+    def __init__(self, leave: Callable[[], None], stdin: int = 0, stdout: int = 1) -> None:
+        self._leave = leave
+        self._stdin, self._stdout = stdin, stdout
+        self.reads, shared_in = _open_anew(stdin, os.O_RDONLY)
+        self.writes, shared_out = _open_anew(stdout, os.O_WRONLY)
+        self._blocking = [
+            (fd, os.get_blocking(fd))
+            for fd, shared in ((self.reads, shared_in), (self.writes, shared_out))
+            if shared
+        ]
+        for fd, _ in self._blocking:
+            os.set_blocking(fd, False)
+        self._arrived = False
+        self._escaped = False
+        self._cooked: list[Any] | None = None
+        if os.isatty(stdin):
+            self._cooked = termios.tcgetattr(stdin)
+            tty.setraw(stdin, termios.TCSANOW)  # what was typed ahead is kept
+
+    def fileno(self) -> None:
+        """Return None: nobody else ever arrives."""
+        return
+
+    def accept(self) -> Terminal | None:
+        """Return this terminal, once."""
+        if self._arrived:
+            return None
+        self._arrived = True
+        return self
+
+    def size(self) -> tuple[int, int]:
+        """Return columns and rows, (0, 0) where neither side is a terminal."""
+        for fd in (self._stdout, self._stdin):
+            with contextlib.suppress(OSError):
+                columns, rows = os.get_terminal_size(fd)
+                return columns, rows
+        return 0, 0
+
+    def read(self, into: memoryview) -> int | None:
+        """See `Client.read`; escapes are taken out, which can leave nothing for now."""
+        try:
+            data = os.read(self.reads, len(into))
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise ConnectionResetError(f"the terminal is gone: {error}") from None
+        if not data:
+            return 0
+        if self._cooked is not None and (self._escaped or _ESCAPE in data):
+            data = self._unescape(data)
+        into[: len(data)] = data
+        return len(data) or None
+
+    def _unescape(self, data: bytes) -> bytes:
+        keys = bytearray()
+        for key in data:
+            if not self._escaped:
+                if key == _ESCAPE:
+                    self._escaped = True
+                else:
+                    keys.append(key)
+                continue
+            self._escaped = False
+            match key:
+                case 0x71:  # q
+                    self._leave()
+                    break
+                case 0x3F:  # ?
+                    with contextlib.suppress(OSError):
+                        os.write(self.writes, _HELP)
+                case 0x1D:
+                    keys.append(_ESCAPE)
+                case _:
+                    pass  # no such key: neither it nor the escape is the guest's
+        return bytes(keys)
+
+    def write(self, data: memoryview | bytes) -> int:
+        """See `Client.write`."""
+        try:
+            return os.write(self.writes, data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            self._leave()
+            raise ConnectionResetError(f"nobody reads the output: {error}") from None
+
+    def undelivered(self) -> int:
+        """Return 0: neither terminals nor pipes tell."""
+        return 0
+
+    def close(self) -> None:
+        """Give the terminal back as it was. Idempotent."""
+        if self._cooked is not None:
+            with contextlib.suppress(termios.error):  # the terminal itself is gone
+                termios.tcsetattr(self._stdin, termios.TCSADRAIN, self._cooked)
+            self._cooked = None
+        for fd, blocking in self._blocking:
+            with contextlib.suppress(OSError):
+                os.set_blocking(fd, blocking)
+        self._blocking = []
+        for fd in (self.reads, self.writes):
+            if fd >= 0:
+                os.close(fd)
+        self.reads = self.writes = -1

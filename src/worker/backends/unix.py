@@ -1,0 +1,16 @@
+"""The unix backend: clients of a unix stream socket, for `socat` and programs on this machine."""
+
+from __future__ import annotations
+
+import socket
+
+from .stream import StreamClient, StreamEndpoint
+
+
+def _client(sock: socket.socket) -> StreamClient:
+    return StreamClient(sock, "unix client")
+
+
+def endpoint(fd: int) -> StreamEndpoint:
+    """Return the endpoint of a listening unix socket, and own it."""
+    return StreamEndpoint(fd, _client)
