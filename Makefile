@@ -1,0 +1,53 @@
+# `make` says what there is. PYTHON names the interpreter that .venv is made with.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SCRIPTS := contrib/environment contrib/demo contrib/guest/fetch
+
+.PHONY: help demo test check bench dist clean format
+
+help:
+	@echo 'make demo    boot a Linux guest with its console on this terminal (Ctrl-] q leaves)'
+	@echo 'make test    fetch guests and run the whole suite'
+	@echo 'make check   format, lint, types and import contracts'
+	@echo 'make format  put the code in the format that check wants'
+	@echo 'make bench   measure, beside the Rust vhost-device-console where it can be had'
+	@echo 'make dist    build the packages, install the wheel and try it'
+	@echo 'make clean   remove what was built; .venv and fetched guests too'
+
+demo:
+	@$(PYTHON) contrib/environment
+	@$(BIN)/python contrib/demo
+
+test:
+	@$(PYTHON) contrib/environment test
+	@$(PYTHON) contrib/guest/fetch --all >&2 || true
+	@$(BIN)/pytest -n auto
+
+check:
+	@$(PYTHON) contrib/environment check test
+	$(BIN)/ruff format --check . $(SCRIPTS)
+	$(BIN)/ruff check . $(SCRIPTS)
+	$(BIN)/mypy
+	@set -e; for script in $(SCRIPTS); do (set -x; MYPYPATH=.typing:contrib $(BIN)/mypy $$script); done
+	$(BIN)/lint-imports
+
+format:
+	@$(PYTHON) contrib/environment check
+	$(BIN)/ruff check --fix . $(SCRIPTS)
+	$(BIN)/ruff format . $(SCRIPTS)
+
+bench:
+	@$(PYTHON) contrib/environment
+	@$(BIN)/python benchmarks/run.py
+
+dist:
+	@$(PYTHON) contrib/environment dist
+	rm -rf dist build/lib build/bdist.* build/wheel
+	$(BIN)/python -m build
+	$(PYTHON) contrib/environment --help >/dev/null
+	$(BIN)/python -m venv build/wheel
+
+clean:
+	rm -rf .venv build dist *.egg-info .coverage* .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -r {} +
