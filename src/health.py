@@ -22,6 +22,7 @@ class PortHealth(msgspec.Struct, array_like=True, kw_only=True):
     `output` and `input` are what the guest wrote and what it was given. `missed` is what readers
     were skipped over, each gap counted once for every reader that met it; `discarded` is what the
     guest wrote to a disabled queue. `stalls` counts how often a stuck reader let the guest wait.
+    `columns` and `rows` are the size of the terminal at the port, 0 where it is not known.
     """
 
     id: int
@@ -33,6 +34,8 @@ class PortHealth(msgspec.Struct, array_like=True, kw_only=True):
     missed: int = 0
     discarded: int = 0
     stalls: int = 0
+    columns: int = 0
+    rows: int = 0
 
 
 class Health(msgspec.Struct, array_like=True, kw_only=True):

@@ -47,7 +47,7 @@ class Audience:
         endpoint: Endpoint,
         poller: Poller,
         stall_ms: int,
-        log: logging.Logger,
+        log: logging.LoggerAdapter[logging.Logger],
         changed: Callable[[], None],
     ) -> None:
         self._port = port

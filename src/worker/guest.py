@@ -56,6 +56,13 @@ _LOGGED_REFUSALS = 10
 _ONE = wire.encode_u64(1)
 
 
+class _Log(logging.LoggerAdapter[logging.Logger]):
+    """Says whose line it is: the log is one for all guests."""
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        return f"{(self.extra or {})['guest']}: {msg}", kwargs
+
+
 class _Queue:
     """One virtqueue: descriptors that outlive a stop, and the ring while it runs.
 
@@ -103,7 +110,7 @@ class Guest:
     """One guest; `run` serves it."""
 
     def __init__(self, guest: config.Guest, inheritance: Inheritance) -> None:
-        self._log = logging.getLogger(guest.name)
+        self._log = _Log(logging.getLogger(__name__), {"guest": guest.name})
         self._config = guest
         self._poller = Poller(guest.poll_us)
         self._report = Report(inheritance.health, self._poller, self._health)
