@@ -1,0 +1,450 @@
+"""Listeners and ptys: claimed all or none, and given back at the end."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import select
+import socket
+import stat
+import termios
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+
+import pytest
+from vhost_device_console import endpoints
+from vhost_device_console.config import Backend, Guest, Nested, Network, Port, Pty, Unix
+from vhost_device_console.endpoints import Endpoints
+from vhost_device_console.errors import ConfigError
+
+from launch import Ports
+
+
+def guest(path: Path | None, backend: Backend | None = None, fd: int | None = None) -> Guest:
+    return Guest(
+        name="g",
+        ports=(Port(id=0, name="console0", backend=backend or Nested()),),
+        socket_path=None if path is None else str(path),
+        fd=fd,
+    )
+
+
+@contextmanager
+def refused(pattern: str) -> Iterator[None]:
+    """Expect a ConfigError of one line, and not one descriptor more than before."""
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(ConfigError, match=pattern) as raised:
+        yield
+    assert "\n" not in str(raised.value)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def leave_stale(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+        made.listen()
+
+
+def connect(path: Path | str) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX)
+    made.connect(str(path))
+    return made
+
+
+def as_nobody(action: Callable[[], None]) -> str:
+    """Run `action` without privileges in a child and return the error it raised."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setresuid(65534, 65534, 65534)
+            action()
+        except BaseException as error:
+            os.write(write, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    os.waitpid(pid, 0)
+    with open(read, "rb") as pipe:
+        return pipe.read().decode()
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become someone else")
+
+
+# Unix listeners
+
+
+def test_a_frontend_can_connect_from_the_start(folder: Path) -> None:
+    with closing(Endpoints(guest(folder / "s"))), closing(connect(folder / "s")):
+        pass
+
+
+def test_a_socket_is_its_owner_s_alone(folder: Path) -> None:
+    with closing(Endpoints(guest(folder / "s"))):
+        assert stat.S_IMODE((folder / "s").stat().st_mode) == 0o600
+
+
+def test_the_umask_is_as_it_was(folder: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        Endpoints(guest(folder / "s")).close()
+        assert os.umask(0o027) == 0o027
+    finally:
+        os.umask(before)
+
+
+@pytest.mark.parametrize("kind", ["unix", "network", "pty"])
+def test_descriptors_are_non_blocking_and_closed_on_exec(
+    kind: str, folder: Path, ports: Ports
+) -> None:
+    backend: Backend = {
+        "unix": Unix(str(folder / "s.data")),
+        "network": Network("127.0.0.1", ports()),
+        "pty": Pty(None),
+    }[kind]
+    with closing(Endpoints(guest(folder / "s", backend))) as made:
+        for fd in (made.frontend, made.ports[0]):
+            assert fd is not None
+            assert (os.get_blocking(fd), os.get_inheritable(fd)) == (False, False)
+
+
+def test_closing_removes_what_was_made(folder: Path) -> None:
+    Endpoints(guest(folder / "s", Unix(str(folder / "d")))).close()
+    assert os.listdir(folder) == []
+
+
+def test_closing_twice_is_closing_once(folder: Path) -> None:
+    made = Endpoints(guest(folder / "s"))
+    made.close()
+    made.close()
+
+
+def test_closing_leaves_a_socket_that_took_the_place_of_ours(folder: Path) -> None:
+    made = Endpoints(guest(folder / "s"))
+    os.rename(folder / "s", folder / "old")
+    leave_stale(folder / "s")
+    made.close()
+    assert sorted(os.listdir(folder)) == ["old", "s"]
+
+
+def test_a_stale_socket_is_replaced(folder: Path) -> None:
+    leave_stale(folder / "s")
+    with closing(Endpoints(guest(folder / "s"))), closing(connect(folder / "s")):
+        pass
+
+
+def test_a_live_socket_is_refused_and_stays(folder: Path) -> None:
+    with closing(Endpoints(guest(folder / "s"))):
+        with refused("s is in use by another process"):
+            Endpoints(guest(folder / "s"))
+        connect(folder / "s").close()
+
+
+def test_a_live_socket_with_a_full_backlog_is_refused(folder: Path) -> None:
+    with ExitStack() as undo:
+        live = undo.enter_context(socket.socket(socket.AF_UNIX))
+        live.bind(str(folder / "s"))
+        live.listen(0)
+        undo.enter_context(connect(folder / "s"))
+        with refused("in use by another process"):
+            Endpoints(guest(folder / "s"))
+
+
+def test_a_live_datagram_socket_is_refused(folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as live:
+        live.bind(str(folder / "s"))
+        with refused("in use by another process"):
+            Endpoints(guest(folder / "s"))
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda path: path.write_text("precious"), "a file"),
+        (lambda path: path.mkdir(), "a folder"),
+        (lambda path: path.symlink_to("elsewhere"), "a symbolic link"),
+        (lambda path: os.mkfifo(path), "something else"),
+    ],
+    ids=["file", "folder", "link", "fifo"],
+)
+def test_anything_but_a_socket_is_refused_and_stays(
+    make: Callable[[Path], None], kind: str, folder: Path
+) -> None:
+    make(folder / "s")
+    with refused(f"s is {kind}, not a socket: remove it"):
+        Endpoints(guest(folder / "s"))
+    assert os.path.lexists(folder / "s")
+
+
+def test_a_link_to_a_stale_socket_is_refused_too(folder: Path) -> None:
+    leave_stale(folder / "real")
+    (folder / "s").symlink_to("real")
+    with refused("symbolic link"):
+        Endpoints(guest(folder / "s"))
+    assert (folder / "real").exists()
+
+
+def test_a_missing_folder_is_named(folder: Path) -> None:
+    with refused(re.escape(f"folder {folder}/no does not exist")):
+        Endpoints(guest(folder / "no" / "s"))
+
+
+def test_a_file_in_the_folder_s_place_is_named(folder: Path) -> None:
+    (folder / "f").touch()
+    with refused(re.escape(f"{folder}/f is not a folder")):
+        Endpoints(guest(folder / "f" / "s"))
+
+
+def test_a_name_longer_than_the_file_system_takes_is_refused(folder: Path) -> None:
+    with refused("cannot create socket .*too long"):
+        Endpoints(guest(folder / ("x" * 300)))
+
+
+@needs_root
+def test_a_folder_without_permission_is_named(folder: Path) -> None:
+    folder.chmod(0o755)
+    said = as_nobody(lambda: Endpoints(guest(folder / "s")).close())
+    assert said == (
+        f"ConfigError: cannot create socket {folder}/s: no permission in folder {folder}"
+    )
+
+
+@needs_root
+def test_another_user_s_live_socket_is_refused(folder: Path) -> None:
+    folder.chmod(0o777)
+    with closing(Endpoints(guest(folder / "s"))):
+        said = as_nobody(lambda: Endpoints(guest(folder / "s")).close())
+    assert said == (f"ConfigError: {folder}/s is a socket of another user: choose another path")
+
+
+@needs_root
+def test_a_folder_that_cannot_be_listed_is_no_hindrance(folder: Path) -> None:
+    folder.chmod(0o333)
+    assert as_nobody(lambda: Endpoints(guest(folder / "s")).close()) == ""
+
+
+def test_a_claim_waits_for_another_in_the_same_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited = []
+
+    def release(_seconds: float) -> None:
+        waited.append((folder / "s").exists())
+        fcntl.flock(holder, fcntl.LOCK_UN)
+
+    monkeypatch.setattr(endpoints.time, "sleep", release)
+    holder = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        Endpoints(guest(folder / "s")).close()
+    finally:
+        os.close(holder)
+    assert waited == [False]
+
+
+def test_a_stranger_s_lock_on_the_folder_does_not_stop_us(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoints, "_CLAIM_WITHIN", 0.05)
+    holder = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        Endpoints(guest(folder / "s")).close()
+    finally:
+        os.close(holder)
+
+
+def test_a_data_socket_that_cannot_be_had_takes_the_frontend_s_with_it(folder: Path) -> None:
+    (folder / "d").touch()
+    with refused("d is a file"):
+        Endpoints(guest(folder / "s", Unix(str(folder / "d"))))
+    assert os.listdir(folder) == ["d"]
+
+
+def test_only_a_stale_socket_is_removed_for_the_asking(folder: Path) -> None:
+    leave_stale(folder / "dead")
+    with closing(Endpoints(guest(folder / "live"))):
+        assert endpoints.remove_if_stale(str(folder / "dead"))
+        assert not endpoints.remove_if_stale(str(folder / "live"))
+        assert os.listdir(folder) == ["live"]
+
+
+# TCP listeners
+
+
+def test_a_tcp_listener_is_on_the_loopback_alone(folder: Path, ports: Ports) -> None:
+    port = ports()
+    with closing(Endpoints(guest(folder / "s", Network("127.0.0.1", port)))) as made:
+        assert made.names == [f"127.0.0.1:{port}"]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            assert client.getpeername() == ("127.0.0.1", port)
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.2", port)).close()
+
+
+def test_a_port_in_use_is_refused(folder: Path, ports: Ports) -> None:
+    port = ports()
+    with socket.socket() as live:
+        live.bind(("127.0.0.1", port))
+        live.listen()
+        with refused(f"TCP port 127.0.0.1:{port} is in use: choose another --tcp-port"):
+            Endpoints(guest(folder / "s", Network("127.0.0.1", port)))
+    assert os.listdir(folder) == []
+
+
+def test_a_port_is_free_again_right_after_its_clients(folder: Path, ports: Ports) -> None:
+    port = ports()
+    network = Network("127.0.0.1", port)
+    with closing(Endpoints(guest(folder / "s", network))) as first:
+        assert first.ports[0] is not None
+        with socket.socket(fileno=os.dup(first.ports[0])) as listener:
+            listener.setblocking(True)
+            client = socket.create_connection(("127.0.0.1", port))
+            listener.accept()[0].close()  # our side closes first: TIME_WAIT is here
+            client.close()
+    Endpoints(guest(folder / "s", network)).close()
+
+
+# Ptys
+
+
+@pytest.fixture
+def pty(folder: Path) -> Iterator[Endpoints]:
+    with closing(Endpoints(guest(folder / "s", Pty(str(folder / "link"))))) as made:
+        yield made
+
+
+def test_a_pty_carries_bytes_unchanged_both_ways(pty: Endpoints) -> None:
+    everything = bytes(range(256))
+    master = pty.ports[0]
+    assert master is not None
+    slave = os.open(pty.names[0], os.O_RDWR | os.O_NOCTTY)
+    try:
+        for source, sink in ((master, slave), (slave, master)):
+            os.write(source, everything)
+            received = b""
+            while len(received) < len(everything):
+                assert select.select([sink], [], [], 10)[0]
+                received += os.read(sink, 1000)
+            assert received == everything
+    finally:
+        os.close(slave)
+
+
+def test_a_pty_is_raw_for_the_second_client_too(pty: Endpoints) -> None:
+    for _ in range(2):
+        slave = os.open(pty.names[0], os.O_RDWR | os.O_NOCTTY)
+        flags = termios.tcgetattr(slave)
+        os.close(slave)
+        assert flags[3] & (termios.ECHO | termios.ICANON | termios.ISIG | termios.IEXTEN) == 0
+        assert flags[1] & termios.OPOST == 0
+        assert flags[0] & (termios.ICRNL | termios.IXON) == 0
+
+
+def test_a_pty_s_link_leads_to_its_slave(pty: Endpoints, folder: Path) -> None:
+    assert os.readlink(folder / "link") == pty.names[0]
+
+
+def test_a_pty_s_link_goes_with_it(pty: Endpoints, folder: Path) -> None:
+    pty.close()
+    assert os.listdir(folder) == []
+
+
+def test_a_link_that_took_the_place_of_ours_stays(pty: Endpoints, folder: Path) -> None:
+    os.rename(folder / "link", folder / "old")
+    (folder / "link").symlink_to("elsewhere")
+    pty.close()
+    assert os.readlink(folder / "link") == "elsewhere"
+
+
+def test_a_link_left_behind_is_replaced(folder: Path) -> None:
+    (folder / "link").symlink_to("/dev/pts/999999")
+    with closing(Endpoints(guest(folder / "s", Pty(str(folder / "link"))))) as made:
+        assert os.readlink(folder / "link") == made.names[0]
+
+
+@pytest.mark.parametrize("target", ["/nowhere", "/dev/null"])
+def test_any_other_link_is_refused_and_stays(target: str, folder: Path) -> None:
+    (folder / "link").symlink_to(target)
+    with refused("--pty-link .*/link exists: remove it"):
+        Endpoints(guest(folder / "s", Pty(str(folder / "link"))))
+    assert os.readlink(folder / "link") == target
+
+
+def test_a_link_to_a_pty_in_use_is_refused(folder: Path) -> None:
+    with closing(Endpoints(guest(folder / "s", Pty(str(folder / "link"))))) as first:
+        with refused("exists"):
+            Endpoints(guest(folder / "t", Pty(str(folder / "link"))))
+        assert os.readlink(folder / "link") == first.names[0]
+
+
+def test_a_link_in_a_missing_folder_is_refused(folder: Path) -> None:
+    with refused("cannot create --pty-link .*no does not exist"):
+        Endpoints(guest(folder / "s", Pty(str(folder / "no" / "link"))))
+    assert os.listdir(folder) == []
+
+
+# The terminal and inherited sockets
+
+
+def test_the_terminal_has_no_descriptor(folder: Path) -> None:
+    with closing(Endpoints(guest(folder / "s"))) as made:
+        assert (made.ports, made.names) == ([None], ["terminal"])
+
+
+def test_an_inherited_listener_can_be_started_over(folder: Path) -> None:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(folder / "s"))
+    listener.listen()
+    with closing(Endpoints(guest(None, fd=listener.detach()))) as made:
+        assert made.resumable()
+
+
+def test_an_inherited_connection_cannot_be_started_over() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs, closing(Endpoints(guest(None, fd=ours.detach()))) as made:
+        assert not made.resumable()
+
+
+def test_an_inherited_socket_is_non_blocking_and_closed_on_exec() -> None:
+    ours, theirs = socket.socketpair()
+    ours.set_inheritable(True)
+    with theirs, closing(Endpoints(guest(None, fd=ours.detach()))) as made:
+        assert not os.get_blocking(made.frontend)
+        assert not os.get_inheritable(made.frontend)
+
+
+def test_an_inherited_listener_s_path_is_its_maker_s(folder: Path) -> None:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(folder / "s"))
+    listener.listen()
+    Endpoints(guest(None, fd=listener.detach())).close()
+    assert (folder / "s").exists()
+
+
+@pytest.mark.parametrize("fd", [-1, 1 << 15, 1 << 40])
+def test_a_descriptor_that_is_not_open_is_refused(fd: int) -> None:
+    with refused(f"--fd {fd} is not open"):
+        Endpoints(guest(None, fd=fd))
+
+
+def test_a_file_is_no_socket(folder: Path) -> None:
+    with open(folder / "f", "w") as file, refused("is not a socket"):
+        Endpoints(guest(None, fd=file.fileno()))
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [(socket.AF_INET, socket.SOCK_STREAM), (socket.AF_UNIX, socket.SOCK_DGRAM)],
+)
+def test_another_kind_of_socket_is_refused(family: int, kind: int) -> None:
+    with socket.socket(family, kind) as made, refused("is not a unix stream socket"):
+        Endpoints(guest(None, fd=made.fileno()))
+
+
+def test_a_socket_that_is_neither_listening_nor_connected_is_refused() -> None:
+    with socket.socket(socket.AF_UNIX) as made, refused("neither listening nor connected"):
+        Endpoints(guest(None, fd=made.fileno()))

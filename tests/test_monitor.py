@@ -1,0 +1,370 @@
+"""The monitor socket: its messages, where it is, and how it treats its clients."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import selectors
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from vhost_device_console import monitor
+from vhost_device_console.endpoints import listen_unix
+from vhost_device_console.errors import ConfigError, ConsoleError
+from vhost_device_console.monitor import (
+    LARGEST_REQUEST,
+    MOST_CLIENTS,
+    MOST_UNREAD,
+    GuestStatus,
+    PortStatus,
+    Server,
+    Status,
+)
+
+from launch import until
+
+REQUEST = b'{"type":"status"}\n'
+
+PORT = PortStatus(
+    id=0,
+    name="console0",
+    endpoint="127.0.0.1:12345",
+    open=True,
+    readers=1,
+    output=2,
+    input=3,
+    missed=4,
+    discarded=5,
+    stalls=6,
+    columns=80,
+    rows=24,
+)
+GUEST = GuestStatus(
+    name="c.sock0",
+    socket="/tmp/c.sock0",
+    state="running",
+    daemon=1,
+    worker=2,
+    frontend=3,
+    uptime=1.5,
+    restarts=0,
+    rss=4096,
+    cpu=0.5,
+    ports=[PORT],
+)
+
+
+class Desk:
+    """A server with its selector, turned by hand."""
+
+    def __init__(self, folder: Path, undo: ExitStack) -> None:
+        self.path = str(folder / "m.sock")
+        self.status = Status(version="1", guests=[GUEST])
+        self.asked = 0
+        self._selector = undo.enter_context(selectors.DefaultSelector())
+        listener = listen_unix(undo, self.path)
+        self._undo = undo
+        server = Server(self._selector, listener, self._answer)
+        undo.callback(server.close)
+
+    def _answer(self) -> Status:
+        self.asked += 1
+        return self.status
+
+    def turn(self) -> None:
+        """Serve what is ready until nothing is."""
+        while ready := self._selector.select(0):
+            for key, _ in ready:
+                key.data()
+
+    def watched(self) -> int:
+        """How many descriptors the selector has."""
+        return len(self._selector.get_map())
+
+    def connect(self) -> socket.socket:
+        client = self._undo.enter_context(socket.socket(socket.AF_UNIX))
+        client.connect(self.path)
+        client.setblocking(False)
+        self.turn()
+        return client
+
+    def say(self, client: socket.socket, data: bytes) -> list[Any]:
+        """Send `data` and return the replies."""
+        client.sendall(data)
+        self.turn()
+        return [json.loads(line) for line in client.recv(1 << 20).splitlines()]
+
+
+@pytest.fixture
+def desk(folder: Path) -> Iterator[Desk]:
+    with ExitStack() as undo:
+        yield Desk(folder, undo)
+
+
+# Messages
+
+
+def test_a_status_is_one_line_of_json(desk: Desk) -> None:
+    client = desk.connect()
+    client.sendall(REQUEST)
+    desk.turn()
+    assert client.recv(1 << 16) == (
+        b'{"type":"status","version":"1","guests":[{"name":"c.sock0","socket":"/tmp/c.sock0",'
+        b'"state":"running","daemon":1,"worker":2,"frontend":3,"uptime":1.5,"restarts":0,'
+        b'"rss":4096,"cpu":0.5,"ports":[{"id":0,"name":"console0","endpoint":"127.0.0.1:12345",'
+        b'"open":true,"readers":1,"output":2,"input":3,"missed":4,"discarded":5,"stalls":6,'
+        b'"columns":80,"rows":24}]}]}\n'
+    )
+
+
+def test_requests_are_answered_one_by_one(desk: Desk) -> None:
+    replies = desk.say(desk.connect(), REQUEST * 3)
+    assert [reply["type"] for reply in replies] == ["status"] * 3
+
+
+def test_a_request_may_come_in_pieces(desk: Desk) -> None:
+    client = desk.connect()
+    client.sendall(REQUEST[:5])
+    desk.turn()
+    assert desk.say(client, REQUEST[5:])[0]["type"] == "status"
+
+
+@pytest.mark.parametrize(
+    "line", [b"", b"{", b"no json", b"[1]", b'{"type":"reboot"}', b"\xff\xfe", b"[" * 5000]
+)
+def test_nonsense_is_answered_with_a_failure_and_the_client_stays(line: bytes, desk: Desk) -> None:
+    client = desk.connect()
+    replies = desk.say(client, line + b"\n" + REQUEST)
+    assert [reply["type"] for reply in replies] == ["failure", "status"]
+
+
+def test_names_that_are_not_text_are_spelled_out() -> None:
+    assert monitor.text(os.fsdecode(b"a\xff\xc3\xbc")) == "a\\xffü"
+
+
+# Clients that misbehave
+
+
+def test_a_client_that_hangs_up_is_forgotten(desk: Desk) -> None:
+    before = desk.watched()
+    desk.connect().close()
+    desk.turn()
+    assert desk.watched() == before
+
+
+def test_an_endless_request_costs_its_client_the_connection(desk: Desk) -> None:
+    client = desk.connect()
+    rest = b"x" * LARGEST_REQUEST
+    while rest:
+        rest = rest[client.send(rest) :]
+        desk.turn()
+    assert client.recv(1) == b""
+
+
+def test_one_client_more_takes_the_place_of_the_oldest(desk: Desk) -> None:
+    clients = [desk.connect() for _ in range(MOST_CLIENTS + 1)]
+    assert clients[0].recv(1) == b""
+    assert desk.say(clients[1], REQUEST)
+    assert desk.say(clients[-1], REQUEST)
+
+
+def test_a_client_that_does_not_read_is_dropped(desk: Desk) -> None:
+    desk.status.guests *= 2000
+    client = desk.connect()
+
+    def ask_on() -> None:
+        while True:
+            client.sendall(REQUEST)
+            desk.turn()
+
+    with pytest.raises(BrokenPipeError):
+        ask_on()
+    assert desk.watched() == 1
+
+
+def test_a_flood_of_requests_makes_no_more_replies_than_are_kept(desk: Desk) -> None:
+    desk.status.guests *= 2000
+    client = desk.connect()
+    client.sendall(REQUEST * 3000)
+    desk.turn()
+    reply = len(msgspec.json.encode(desk.status))
+    assert desk.asked <= MOST_UNREAD // reply + 3
+
+
+def test_a_reply_larger_than_the_socket_arrives_whole(desk: Desk) -> None:
+    desk.status.guests *= 5000
+    client = desk.connect()
+    client.sendall(REQUEST)
+    received = b""
+    while not received.endswith(b"\n"):
+        desk.turn()
+        received += client.recv(1 << 20)
+    assert len(json.loads(received)["guests"]) == 5000
+
+
+def test_a_client_dropped_in_the_same_turn_is_not_served(desk: Desk) -> None:
+    clients = [desk.connect() for _ in range(MOST_CLIENTS)]
+    late = socket.socket(socket.AF_UNIX)
+    with late:
+        late.connect(desk.path)
+        for client in clients:
+            client.sendall(REQUEST)
+        desk.turn()
+        assert desk.watched() == 1 + MOST_CLIENTS
+
+
+def test_running_out_of_descriptors_does_not_leave_the_listener_ready(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(24, "Too many open files")
+    accept = socket.socket.accept
+    left = [full]
+
+    def refuse_once(listener: socket.socket) -> Any:
+        if left:
+            raise left.pop()
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", refuse_once)
+    client = desk.connect()
+    assert client.recv(1) == b""
+    assert desk.watched() == 1
+
+
+def test_closing_drops_the_clients(folder: Path) -> None:
+    with ExitStack() as undo:
+        desk = Desk(folder, undo)
+        with closing(socket.socket(socket.AF_UNIX)) as client:
+            client.connect(desk.path)
+            desk.turn()
+            undo.close()
+            assert client.recv(1) == b""
+
+
+# Where it is
+
+
+@pytest.mark.parametrize(
+    ("environ", "uid", "places"),
+    [
+        ({"RUNTIME_DIRECTORY": "/run/x", "XDG_RUNTIME_DIR": "/run/user/0"}, 0, ["/run/x"]),
+        ({"RUNTIME_DIRECTORY": "/run/x:/run/y"}, 0, ["/run/x"]),
+        (
+            {"XDG_RUNTIME_DIR": "/run/user/7"},
+            7,
+            ["/run/user/7/vhost-device-console", "/tmp/vhost-device-console-7"],
+        ),
+        (
+            {"XDG_RUNTIME_DIR": "/run/user/0"},
+            0,
+            ["/run/user/0/vhost-device-console", "/run/vhost-device-console"],
+        ),
+        ({}, 0, ["/run/vhost-device-console"]),
+        ({}, 7, ["/tmp/vhost-device-console-7"]),
+    ],
+)
+def test_the_runtime_folder_is_where_the_system_says(
+    environ: dict[str, str], uid: int, places: list[str]
+) -> None:
+    assert monitor.folders(environ, uid) == places
+
+
+def test_a_daemon_s_socket_is_named_after_its_process(folder: Path) -> None:
+    environ = {"XDG_RUNTIME_DIR": str(folder)}
+    assert monitor.own_path(environ) == f"{folder}/vhost-device-console/{os.getpid()}.sock"
+
+
+def test_the_folder_is_made_for_its_owner_alone(folder: Path) -> None:
+    monitor.own_path({"XDG_RUNTIME_DIR": str(folder)})
+    assert stat.S_IMODE((folder / "vhost-device-console").stat().st_mode) == 0o700
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a folder away")
+def test_a_folder_of_somebody_else_is_refused(folder: Path) -> None:
+    (folder / "r").mkdir()
+    os.chown(folder / "r", 65534, 65534)
+    with pytest.raises(ConfigError, match="r belongs to another user"):
+        monitor.own_path({"RUNTIME_DIRECTORY": str(folder / "r")})
+
+
+def test_a_link_is_no_folder_of_ours(folder: Path) -> None:
+    (folder / "r").symlink_to(folder)
+    with pytest.raises(ConfigError, match="belongs to another user"):
+        monitor.own_path({"RUNTIME_DIRECTORY": str(folder / "r")})
+
+
+def test_live_daemons_are_found_in_the_folder_and_one_level_below(desk: Desk, folder: Path) -> None:
+    (folder / "instance").mkdir()
+    with ExitStack() as undo:
+        below = str(folder / "instance" / "7.sock")
+        listen_unix(undo, below)
+        assert monitor.find({"RUNTIME_DIRECTORY": str(folder)}) == [below, desk.path]
+
+
+def test_a_dead_daemon_s_socket_is_removed(folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(folder / "1.sock"))
+    assert monitor.find({"RUNTIME_DIRECTORY": str(folder)}) == []
+    assert os.listdir(folder) == []
+
+
+def test_a_missing_folder_has_no_daemons(folder: Path) -> None:
+    assert monitor.find({"RUNTIME_DIRECTORY": str(folder / "no")}) == []
+
+
+# Asking
+
+
+def test_asking_gives_the_status(desk: Desk) -> None:
+    answers: list[Status] = []
+    client = threading.Thread(target=lambda: answers.append(monitor.ask(desk.path)))
+    client.start()
+    until(lambda: desk.turn() or answers, "no answer")
+    client.join()
+    assert answers == [desk.status]
+
+
+def test_asking_nobody_is_one_line(folder: Path) -> None:
+    with pytest.raises(ConsoleError, match=re.escape(f"{folder}/no: no such file or directory")):
+        monitor.ask(str(folder / "no"))
+
+
+@pytest.mark.parametrize(
+    ("reply", "line"),
+    [
+        (b"", "hung up"),
+        (b"what?\n", "no status from"),
+        (b'{"type":"failure","message":"not today"}\n', "refused: not today"),
+    ],
+)
+def test_a_wrong_answer_is_one_line(reply: bytes, line: str, folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "s"))
+        listener.listen()
+
+        def answer() -> None:
+            with listener.accept()[0] as peer:
+                peer.recv(1000)
+                peer.sendall(reply)
+
+        daemon = threading.Thread(target=answer)
+        daemon.start()
+        with pytest.raises(ConsoleError, match=line):
+            monitor.ask(str(folder / "s"))
+        daemon.join()
+
+
+def test_a_daemon_that_hangs_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor, "ANSWER_WITHIN", 0.05)
+    with ExitStack() as undo:
+        listen_unix(undo, str(folder / "s"))
+        with pytest.raises(ConsoleError, match="does not answer"):
+            monitor.ask(str(folder / "s"))
