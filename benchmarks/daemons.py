@@ -224,6 +224,7 @@ def running(program: str, folder: Path, guests: int, cpu: int | None) -> Iterato
     daemon = Daemon(process, socket, port, log)
     try:
         _wait_until_listening(daemon, process, guests)
+        _wait_until_at_rest(daemon)
         yield daemon
     finally:
         _end(daemon, process)
@@ -240,6 +241,20 @@ def _wait_until_listening(daemon: Daemon, process: subprocess.Popen[bytes], gues
         if process.poll() is not None or time.monotonic() > deadline:
             raise BenchmarkError(f"the daemon does not listen: {daemon.last_words()}")
         time.sleep(0.02)
+
+
+def _wait_until_at_rest(daemon: Daemon) -> None:
+    """Wait until no process of the daemon's has run for a moment: its workers are then ready."""
+    deadline = time.monotonic() + PATIENCE
+    before: Activity | None = None
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            now = daemon.activity()
+            if now == before:
+                return
+            before = now
+        time.sleep(0.1)
+    raise BenchmarkError("the daemon does not come to rest")
 
 
 def _end(daemon: Daemon, process: subprocess.Popen[bytes]) -> None:
