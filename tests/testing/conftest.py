@@ -212,12 +212,10 @@ class Device:
         if ring.call is not None:
             os.write(ring.call, struct.pack("=Q", 1))
 
-    def take(self, ring: Ring) -> bytes:
+    def take(self, ring: Ring) -> tuple[int, bytes]:
         head, chain = self.pop(ring)
         assert not any(writable for _, _, writable in chain)
-        data = b"".join(bytes(self.at(addr, size)) for addr, size, _ in chain)
-        self.push(ring, head, 0)
-        return data
+        return head, b"".join(bytes(self.at(addr, size)) for addr, size, _ in chain)
 
     def give(self, ring: Ring, data: bytes) -> int:
         head, chain = self.pop(ring)
@@ -231,10 +229,11 @@ class Device:
     def transmit(self) -> bool:
         if not self.waiting(self.rings[1]):
             return False
-        data = self.take(self.rings[1])
+        head, data = self.take(self.rings[1])
         self.output += data
         if self.echo:
             self.input += data
+        self.push(self.rings[1], head, 0)
         return True
 
     def receive(self) -> bool:
@@ -249,11 +248,11 @@ class Device:
             return True
         if not self.waiting(self.rings[3]):
             return False
-        data = self.take(self.rings[3])
-        if len(data) != 8:
-            return True
-        port, event, value = struct.unpack("<IHH", data)
-        self.controls.append((port, event, value))
+        head, data = self.take(self.rings[3])
+        port, event, value = struct.unpack("<IHH", data) if len(data) == 8 else (0, -1, 0)
+        if event >= 0:
+            self.controls.append((port, event, value))
+        self.push(self.rings[3], head, 0)
         if event == 0:
             self.replies.append(struct.pack("<IHH", 0, 1, 1))
         elif event == 3:
@@ -279,13 +278,19 @@ Serve = Callable[..., tuple[Device, socket.socket]]
 def serve() -> Iterator[Serve]:
     """Give a function that starts a Device, with attributes as told, and connects to it.
 
-    It returns the device and the frontend's socket. The frontend must hang up by the test's end.
+    It returns the device and the frontend's socket, unless told which `connection` to serve. The
+    frontend must hang up by the test's end.
     """
     threads: list[threading.Thread] = []
     sockets: list[socket.socket] = []
 
-    def start(**attributes: object) -> tuple[Device, socket.socket]:
+    def start(
+        *, connection: socket.socket | None = None, **attributes: object
+    ) -> tuple[Device, socket.socket]:
         ours, theirs = socket.socketpair()
+        if connection is not None:
+            theirs.close()
+            theirs = connection
         device = Device(theirs)
         for name, value in attributes.items():
             setattr(device, name, value)

@@ -43,7 +43,7 @@ class Device:
         return addr, size, flags, following
 
     def chain(self, table: int, index: int) -> list[tuple[int, int, bool]]:
-        found = []
+        found: list[tuple[int, int, bool]] = []
         while True:
             addr, size, flags, following = self.descriptor(table, index)
             if flags & 4:
