@@ -236,11 +236,11 @@ def _table(guests: list[Any]) -> list[str]:
                 frontend,
                 _clean(",".join(port.endpoint for port in guest.ports)),
                 str(sum(port.readers for port in guest.ports)),
-                _size(sum(port.input for port in guest.ports)),
-                _size(sum(port.output for port in guest.ports)),
-                _size(sum(port.missed + port.discarded for port in guest.ports)),
+                size(sum(port.input for port in guest.ports)),
+                size(sum(port.output for port in guest.ports)),
+                size(sum(port.missed + port.discarded for port in guest.ports)),
                 str(guest.restarts),
-                "-" if guest.rss is None else _size(guest.rss),
+                "-" if guest.rss is None else size(guest.rss),
                 "-" if guest.cpu is None else f"{guest.cpu:.1f}%",
             ]
         )
@@ -251,7 +251,7 @@ def _table(guests: list[Any]) -> list[str]:
     ]
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
     """Return bytes as people say them: 0, 512, 1.5K, 20M."""
     for unit in ("", "K", "M", "G", "T"):
         if count < 1000 or unit == "T":

@@ -44,6 +44,18 @@ def until(condition: Callable[[], Any], what: str, within: float = WITHIN) -> An
     return result
 
 
+def wait_ended(pid: int, within: float = WITHIN) -> None:
+    """Return once process `pid` has ended, be it anybody's child and reaped or not."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        wait_readable(pidfd, time.monotonic() + within, f"process {pid} did not end")
+    finally:
+        os.close(pidfd)
+
+
 def receive_until(peer: socket.socket, end: bytes, within: float = WITHIN) -> bytes:
     """Return everything that `peer` sends up to and including `end`."""
     deadline = time.monotonic() + within
@@ -261,10 +273,12 @@ class Daemon:
 
     def _check_gone(self, family: list[psutil.Process]) -> None:
         # A worker whose master was killed ends by itself, soon.
-        _, alive = psutil.wait_procs(family, timeout=WITHIN)
-        for left in alive:
-            left.kill()
-        assert not alive, f"workers left behind: {alive}"
+        for process in family:
+            try:
+                wait_ended(process.pid)
+            except TimeoutError:
+                process.kill()
+                raise
         if self.status_code != -signal.SIGKILL:
             left_paths = [p for p in [*self.sockets, *self.data, self.monitor] if os.path.exists(p)]
             assert not left_paths, f"sockets left behind: {left_paths}"

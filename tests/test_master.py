@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launch import Daemon, Ports, until, wait_readable
+from launch import Daemon, Ports, until, wait_ended, wait_readable
 
 StartDaemon = Callable[..., Daemon]
 
@@ -74,10 +74,6 @@ def terminal() -> Iterator[tuple[int, int]]:
     yield ours, theirs
     os.close(ours)
     os.close(theirs)
-
-
-def wait_ended(pid: int) -> None:
-    until(lambda: not psutil.pid_exists(pid), f"process {pid} is still there")
 
 
 # Forking
