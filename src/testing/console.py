@@ -97,8 +97,7 @@ class GuestPort:
     def __init__(self, console: ConsoleDriver, number: int, count: int, size: int) -> None:
         self.number = number
         self.received = bytearray()
-        self.host_open = False
-        self.is_console = False
+        self.host_open = self.is_console = not console.multiport
         self.name: bytes | None = None
         self.input_lengths: deque[int] = deque(maxlen=_LENGTHS)
         self.output_lengths: deque[int] = deque(maxlen=_LENGTHS)
@@ -271,7 +270,7 @@ class ConsoleDriver:
         return self.ports[0]
 
     def wait_open(self, timeout: float | None = None) -> None:
-        """Wait until port 0 is a console and its answers have been taken; multiport only."""
+        """Wait until port 0 is a console and the device has taken what was said of it."""
         self.wait_until(
             lambda: self.port.is_console and self.control_idle, "port 0 as a console", timeout
         )
@@ -323,7 +322,7 @@ class ConsoleDriver:
     @property
     def control_idle(self) -> bool:
         """Whether the device has taken every control message sent."""
-        return not self._unsent and not self.frontend.queues[3].driver.in_flight
+        return not (self.multiport and (self._unsent or self.frontend.queues[3].driver.in_flight))
 
     def wait_control(
         self, event: int, *, port: int = 0, value: int | None = None, timeout: float | None = None
@@ -354,6 +353,8 @@ class ConsoleDriver:
     def _handle(self, message: Control) -> None:
         number = message.port
         if message.event == Event.PORT_ADD:
+            if 3 + 2 * number not in self.frontend.queues:
+                raise DeviceError(f"port {number} was added, but has no queues")
             if number not in self.ports:
                 self._make_port(number)
             self.submit_control(Control(number, Event.PORT_READY, 1).encode())

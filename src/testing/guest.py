@@ -116,8 +116,7 @@ def run(path: str) -> None:
     """
     with GuestMemory() as memory, connect_like_qemu(path, memory) as frontend:
         console = ConsoleDriver(frontend)
-        if console.multiport:
-            console.wait_open()
+        console.wait_open()
         console.write(_BANNER)
         shell = _Shell()
         try:

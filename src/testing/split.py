@@ -208,6 +208,9 @@ class SplitDriver:
             descriptors = self._free[: -needed - 1 : -1]
         elif len(descriptors) != needed or len(set(descriptors) & set(self._free)) != needed:
             raise RingFullError(f"descriptors {list(descriptors)} are not {needed} free ones")
+        else:  # move them to where the next ones are taken from
+            self._free = [index for index in self._free if index not in descriptors]
+            self._free += reversed(descriptors)
         if indirect:
             table = self.memory.alloc(16 * len(buffers))
             owned = [*owned, table]
@@ -228,8 +231,7 @@ class SplitDriver:
                 following = descriptors[at + 1] if more else 0
                 flags = _flags(buffer, more)
                 self.write_desc(descriptors[at], buffer.addr, buffer.size, flags, following)
-        for index in descriptors:
-            self._free.remove(index)
+        del self._free[-needed:]
         chain = Chain(descriptors[0], tuple(buffers), tuple(descriptors), tuple(owned))
         self._push(chain)
         return chain

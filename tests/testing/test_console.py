@@ -111,6 +111,13 @@ def test_control_for_a_port_never_added(boot: Boot) -> None:
         console.wait_open()
 
 
+def test_port_without_queues(boot: Boot) -> None:
+    """The device must not add a port that there are no queues for."""
+    console, _ = boot(device={"replies": [struct.pack("<IHH", 1, 1, 1)]})
+    with pytest.raises(DeviceError, match="port 1 was added, but has no queues"):
+        console.wait_open()
+
+
 def test_raw_control(boot: Boot) -> None:
     """Any bytes can be sent as a control message."""
     console, device = boot()
@@ -136,6 +143,7 @@ def test_two_queue_mode(boot: Boot) -> None:
         connect=lambda *args, **more: connect_like_qemu(*args, queue_count=2, **more),
         device={**TWO_QUEUES, "echo": True},
     )
+    console.wait_open()
     console.write(b"hello")
     assert console.read(5) == b"hello"
     assert device.controls == []
