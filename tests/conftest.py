@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,3 +59,25 @@ def daemon(folder: Path, ports: launch.Ports) -> Iterator[StartDaemon]:
             return ends.enter_context(launch.Daemon(folder, backend, count, *options, **more))
 
         yield start
+
+
+def _open() -> dict[str, str]:
+    found = {}
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_open() -> Iterator[None]:
+    """Fail a test that leaves a descriptor or a child process behind."""
+    before = _open()
+    yield
+    left = {fd: what for fd, what in _open().items() if before.get(fd) != what}
+    assert not left, f"left open: {left}"
+    try:
+        pid, _ = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return
+    raise AssertionError(f"a child process is left: {pid or 'running'}")

@@ -12,9 +12,11 @@ from vhost_device_console.journal import Journal, Output, Reader
 
 SIZE = 4096
 
+Create = Callable[..., int]
+
 
 @pytest.fixture
-def create() -> Iterator[Callable[..., int]]:
+def create() -> Iterator[Create]:
     """Give journal.create with descriptors that are closed after the test."""
     made: list[int] = []
 
@@ -25,11 +27,6 @@ def create() -> Iterator[Callable[..., int]]:
     yield make
     for fd in made:
         os.close(fd)
-
-
-@pytest.fixture
-def output(create: Callable[..., int]) -> Output:
-    return Journal(create()).outputs[0]
 
 
 def write(output: Output, data: bytes) -> None:
@@ -59,16 +56,16 @@ def test_a_ring_is_a_power_of_two_of_at_least_a_page(size: int, place: int) -> N
         journal.create("test", [(sizes[0], sizes[1])])
 
 
-def test_its_file_cannot_change_size(create: Callable[..., int]) -> None:
+def test_its_file_cannot_change_size(create: Create) -> None:
     seals = fcntl.fcntl(create(), fcntl.F_GET_SEALS)
     assert seals == fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-def test_its_file_is_closed_on_exec(create: Callable[..., int]) -> None:
+def test_its_file_is_closed_on_exec(create: Create) -> None:
     assert not os.get_inheritable(create())
 
 
-def test_it_takes_memory_only_for_what_is_used(create: Callable[..., int]) -> None:
+def test_it_takes_memory_only_for_what_is_used(create: Create) -> None:
     status = os.fstat(create((1 << 30, 1 << 20)))
     assert status.st_size > 1 << 30
     assert status.st_blocks * 512 <= 1 << 16
@@ -93,7 +90,7 @@ def test_another_file_is_refused(content: bytes) -> None:
         os.close(fd)
 
 
-def test_ports_do_not_share_bytes(create: Callable[..., int]) -> None:
+def test_ports_do_not_share_bytes(create: Create) -> None:
     mapped = Journal(create(*[(SIZE, SIZE)] * 3))
     for number in range(3):
         write(mapped.outputs[number], bytes([number]) * SIZE)
@@ -105,7 +102,7 @@ def test_ports_do_not_share_bytes(create: Callable[..., int]) -> None:
         assert bytes(mapped.inputs[number].span()) == bytes([0x80 + number]) * SIZE
 
 
-def test_the_header_grows_with_the_ports(create: Callable[..., int]) -> None:
+def test_the_header_grows_with_the_ports(create: Create) -> None:
     mapped = Journal(create(*[(SIZE, SIZE)] * 127))
     write(mapped.outputs[126], b"x" * SIZE)
     write(mapped.outputs[0], b"y" * SIZE)
@@ -116,46 +113,51 @@ def test_the_header_grows_with_the_ports(create: Callable[..., int]) -> None:
 # Output
 
 
-def test_what_is_written_is_read_in_order(output: Output) -> None:
+def test_what_is_written_is_read_in_order(create: Create) -> None:
+    output = Journal(create()).outputs[0]
     reader = Reader(output, 0)
     write(output, b"one ")
     write(output, b"two")
     assert take(reader) == b"one two"
 
 
-def test_offsets_never_go_back(output: Output) -> None:
+def test_offsets_never_go_back(create: Create) -> None:
+    output = Journal(create()).outputs[0]
     for _ in range(10):
         write(output, b"x" * 1000)
     assert (output.head, output.tail) == (10000, 10000 - SIZE)
 
 
-def test_bytes_at_the_end_of_the_ring_go_on_at_its_start(output: Output) -> None:
+def test_bytes_at_the_end_of_the_ring_go_on_at_its_start(create: Create) -> None:
+    output = Journal(create()).outputs[0]
     write(output, b"a" * (SIZE - 3))
     write(output, b"bcdefg")
     assert take(Reader(output, SIZE - 3)) == b"bcdefg"
 
 
-def test_a_whole_ring_can_be_written_at_once_anywhere(output: Output) -> None:
+def test_a_whole_ring_can_be_written_at_once_anywhere(create: Create) -> None:
+    output = Journal(create()).outputs[0]
     write(output, b"x" * 100)
     data = bytes(range(256)) * 16
     write(output, data)
     assert take(Reader(output, 100)) == data
 
 
-def test_a_memoryview_is_appended_as_it_is(output: Output) -> None:
+def test_a_memoryview_is_appended_as_it_is(create: Create) -> None:
+    output = Journal(create()).outputs[0]
     output.append(memoryview(b"..guest..")[2:7])
     output.commit()
     assert take(Reader(output, 0)) == b"guest"
 
 
-def test_a_successor_finds_what_was_committed(create: Callable[..., int]) -> None:
+def test_a_successor_finds_what_was_committed(create: Create) -> None:
     fd = create()
     write(Journal(fd).outputs[0], b"before the fall")
     successor = Journal(fd).outputs[0]
     assert (successor.head, take(Reader(successor, 0))) == (15, b"before the fall")
 
 
-def test_a_successor_does_not_see_what_was_not_committed(create: Callable[..., int]) -> None:
+def test_a_successor_does_not_see_what_was_not_committed(create: Create) -> None:
     fd = create()
     first = Journal(fd).outputs[0]
     write(first, b"sure")
@@ -163,7 +165,7 @@ def test_a_successor_does_not_see_what_was_not_committed(create: Callable[..., i
     assert Journal(fd).outputs[0].head == 4
 
 
-def test_a_successor_writes_on_after_several_turns(create: Callable[..., int]) -> None:
+def test_a_successor_writes_on_after_several_turns(create: Create) -> None:
     fd = create()
     first = Journal(fd).outputs[0]
     for _ in range(5):
@@ -173,7 +175,7 @@ def test_a_successor_writes_on_after_several_turns(create: Callable[..., int]) -
     assert take(Reader(second, 15000)) == b"on we go"
 
 
-def test_where_the_absent_go_on_is_kept_for_a_successor(create: Callable[..., int]) -> None:
+def test_where_the_absent_go_on_is_kept_for_a_successor(create: Create) -> None:
     fd = create()
     Journal(fd).outputs[0].seen = 1 << 40
     assert Journal(fd).outputs[0].seen == 1 << 40
@@ -182,28 +184,32 @@ def test_where_the_absent_go_on_is_kept_for_a_successor(create: Callable[..., in
 # Readers
 
 
-def test_readers_do_not_disturb_one_another(output: Output) -> None:
+def test_readers_do_not_disturb_one_another(create: Create) -> None:
+    output = Journal(create()).outputs[0]
     first, second = Reader(output, 0), Reader(output, 0)
     write(output, b"for all")
     assert take(first) == b"for all"
     assert take(second) == b"for all"
 
 
-def test_a_reader_that_caught_up_has_nothing(output: Output) -> None:
+def test_a_reader_that_caught_up_has_nothing(create: Create) -> None:
+    output = Journal(create()).outputs[0]
     reader = Reader(output, 0)
     write(output, b"x" * SIZE)
     take(reader)
     assert (len(reader.span()), reader.pending, reader.skip_lost()) == (0, 0, 0)
 
 
-def test_a_reader_may_take_a_part(output: Output) -> None:
+def test_a_reader_may_take_a_part(create: Create) -> None:
+    output = Journal(create()).outputs[0]
     reader = Reader(output, 0)
     write(output, b"abcdef")
     reader.advance(2)
     assert (bytes(reader.span()), reader.pending) == (b"cdef", 4)
 
 
-def test_a_slow_reader_finds_a_counted_gap_and_then_the_oldest_bytes(output: Output) -> None:
+def test_a_slow_reader_finds_a_counted_gap_and_then_the_oldest_bytes(create: Create) -> None:
+    output = Journal(create()).outputs[0]
     reader = Reader(output, 0)
     for number in range(5):
         write(output, bytes([number]) * 1024)
@@ -212,7 +218,8 @@ def test_a_slow_reader_finds_a_counted_gap_and_then_the_oldest_bytes(output: Out
     assert take(reader) == b"".join(bytes([number]) * 1024 for number in range(1, 5))
 
 
-def test_gaps_add_up(output: Output) -> None:
+def test_gaps_add_up(create: Create) -> None:
+    output = Journal(create()).outputs[0]
     reader = Reader(output, 0)
     for _ in range(2):
         write(output, b"x" * SIZE)
@@ -221,7 +228,8 @@ def test_gaps_add_up(output: Output) -> None:
     assert reader.missed == 20
 
 
-def test_a_reader_exactly_one_ring_behind_lost_nothing(output: Output) -> None:
+def test_a_reader_exactly_one_ring_behind_lost_nothing(create: Create) -> None:
+    output = Journal(create()).outputs[0]
     reader = Reader(output, 0)
     write(output, b"x" * SIZE)
     assert reader.skip_lost() == 0
@@ -231,25 +239,25 @@ def test_a_reader_exactly_one_ring_behind_lost_nothing(output: Output) -> None:
 # Input
 
 
-def test_what_is_fed_is_what_the_guest_gets(create: Callable[..., int]) -> None:
+def test_what_is_fed_is_what_the_guest_gets(create: Create) -> None:
     held = Journal(create()).inputs[0]
     held.room()[:5] = b"typed"
     held.fed(5)
     assert (len(held), bytes(held.span())) == (5, b"typed")
 
 
-def test_a_full_input_has_no_room(create: Callable[..., int]) -> None:
+def test_a_full_input_has_no_room(create: Create) -> None:
     held = Journal(create()).inputs[0]
     held.fed(len(held.room()))
     assert (len(held), len(held.room())) == (SIZE, 0)
 
 
-def test_an_empty_input_has_nothing_and_all_the_room(create: Callable[..., int]) -> None:
+def test_an_empty_input_has_nothing_and_all_the_room(create: Create) -> None:
     held = Journal(create()).inputs[0]
     assert (len(held), len(held.span()), len(held.room())) == (0, 0, SIZE)
 
 
-def test_room_never_covers_what_waits(create: Callable[..., int]) -> None:
+def test_room_never_covers_what_waits(create: Create) -> None:
     held = Journal(create()).inputs[0]
     held.fed(3000)
     held.consume(2000)
@@ -258,7 +266,7 @@ def test_room_never_covers_what_waits(create: Callable[..., int]) -> None:
     assert len(held.room()) == 2000
 
 
-def test_input_comes_in_order_around_the_end(create: Callable[..., int]) -> None:
+def test_input_comes_in_order_around_the_end(create: Create) -> None:
     held = Journal(create()).inputs[0]
     sent = received = b""
     for number in range(40):
@@ -276,7 +284,7 @@ def test_input_comes_in_order_around_the_end(create: Callable[..., int]) -> None
     assert received == sent
 
 
-def test_a_successor_gives_the_guest_what_the_dead_did_not(create: Callable[..., int]) -> None:
+def test_a_successor_gives_the_guest_what_the_dead_did_not(create: Create) -> None:
     fd = create()
     first = Journal(fd).inputs[0]
     first.room()[:10] = b"0123456789"
