@@ -220,10 +220,9 @@ class Session:
 
     def _set_protocol_features(self, payload: bytes, _: list[int]) -> Steps:
         chosen = wire.decode_u64(payload)
-        if chosen & ~PROTOCOL_FEATURES:
-            raise RefusedError(
-                f"protocol features {chosen & ~PROTOCOL_FEATURES:#x} were never offered"
-            )
+        unknown = chosen & ~int(PROTOCOL_FEATURES)  # ~ of a flag forgets the bits without a name
+        if unknown:
+            raise RefusedError(f"protocol features {unknown:#x} were never offered")
         self.protocol = ProtocolFeature(chosen)
         return _done()
 
