@@ -186,7 +186,7 @@ class _Master:
         gc.collect()
         gc.freeze()  # what workers share with us stays shared
         self._tick()
-        systemd.notify("READY=1")
+        systemd.notify(f"READY=1\nSTATUS=guests: {len(self._guests)}")
         try:
             while any(g.supervisor.state is not State.FINISHED for g in self._guests):
                 for key, _ in self._selector.select(self._timeout()):
@@ -370,9 +370,11 @@ class _Master:
 
 def _sample(guest: _Guest, now: float) -> tuple[int | None, float | None]:
     """Return the worker's resident bytes and its processor share since the last sample."""
-    import psutil  # only who asks for a status pays for it
-
     if guest.pid is None:
+        return None, None
+    try:
+        import psutil  # only who asks for a status pays for it
+    except (ImportError, OSError):  # no descriptor left to load it with
         return None, None
     try:
         if guest.process is None:
@@ -380,7 +382,7 @@ def _sample(guest: _Guest, now: float) -> tuple[int | None, float | None]:
         with guest.process.oneshot():
             rss = guest.process.memory_info().rss
             times = guest.process.cpu_times()
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return None, None
     then, used = guest.sampled
     total = times.user + times.system
@@ -424,6 +426,7 @@ def _enqueue_signals(undo: ExitStack) -> int:
         # nohup and a shell's `&` have some of them ignored: they stay so.
         if signal.getsignal(number) is not signal.SIG_IGN or number in _ALWAYS:
             undo.callback(signal.signal, number, signal.signal(number, _ignore))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_STOPS, signal.SIGCHLD))
     return read
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import selectors
 import socket
 import stat
@@ -32,6 +33,9 @@ MOST_UNREAD = 1 << 22
 ANSWER_WITHIN = 5.0
 
 _NAME = "vhost-device-console"
+
+#: Other sockets may lie in the same folder, and asking is not for them.
+_OWN_NAME = re.compile(r"[0-9]+\.sock")
 
 
 class StatusRequest(msgspec.Struct, tag_field="type", tag="status"):
@@ -156,7 +160,7 @@ def find(environ: Mapping[str, str]) -> list[str]:
                 continue
             for entry in os.scandir(folder):
                 inner = os.scandir(entry.path) if entry.is_dir(follow_symlinks=False) else [entry]
-                found += [e.path for e in inner if e.name.endswith(".sock")]
+                found += [e.path for e in inner if _OWN_NAME.fullmatch(e.name)]
     return [path for path in sorted(found) if not endpoints.remove_if_stale(path)]
 
 
@@ -209,7 +213,8 @@ class Server:
         self._listener = listener
         self._status = status
         self._clients: dict[int, _Client] = {}
-        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._spare: int | None = None
+        self._take_spare()
         selector.register(listener, selectors.EVENT_READ, self._accept)
 
     def close(self) -> None:
@@ -217,7 +222,16 @@ class Server:
         self._selector.unregister(self._listener)
         for client in list(self._clients.values()):
             self._drop(client)
-        os.close(self._spare)
+        self._give_spare()
+
+    def _take_spare(self) -> None:
+        with suppress(OSError):
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _give_spare(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            os.close(spare)
 
     def _accept(self) -> None:
         borrowed = socket.socket(fileno=self._listener)
@@ -238,10 +252,10 @@ class Server:
 
     def _turn_away(self, listener: socket.socket) -> None:
         """Hang up on a client there is no descriptor for, or the listener stays readable."""
-        os.close(self._spare)
+        self._give_spare()
         with suppress(OSError):
             listener.accept()[0].close()
-        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._take_spare()
 
     def _drop(self, client: _Client) -> None:
         del self._clients[client.connection.fileno()]

@@ -183,10 +183,10 @@ class Daemon:
     def _wait_ready(self, listener: socket.socket) -> None:
         pidfd = os.pidfd_open(self.process.pid)
         try:
-            ready, _, _ = select.select([listener, pidfd], [], [], WITHIN)
+            ready, _, _ = select.select([listener.fileno(), pidfd], [], [], WITHIN)
         finally:
             os.close(pidfd)
-        if listener not in ready or listener.recv(4096) != b"READY=1":
+        if listener.fileno() not in ready or not listener.recv(4096).startswith(b"READY=1\n"):
             self.process.kill()
             _, log = self.process.communicate()
             raise RuntimeError(f"the daemon did not start: {log!r}")

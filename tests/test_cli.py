@@ -304,6 +304,7 @@ def test_status_of_a_socket_nobody_made_is_one_line(folder: Path) -> None:
 def test_status_is_a_table(folder: Path, daemon: StartDaemon) -> None:
     served = daemon("network", 2)
     served.workers()
+    assert served.tcp is not None
     head, *rows = command(folder, "status").stdout.splitlines()
     assert re.sub(" +", " ", head) == (
         "NAME STATE FRONTEND PORTS READERS IN OUT DROPPED RESTARTS RSS CPU"
@@ -352,6 +353,14 @@ def test_status_spells_out_names_that_could_steer_a_terminal(
     said = command(folder, "status").stdout
     assert r"a\x1b[2J\n0" in said
     assert "\x1b" not in said
+
+
+def test_a_path_that_is_not_text_is_served_and_shown(folder: Path, daemon: StartDaemon) -> None:
+    served = daemon("unix", socket_path=os.fsdecode(b"a\xff"))
+    assert served.workers()
+    said = command(folder, "status")
+    assert said.stdout.splitlines()[1].startswith(r"a\xff0 ")
+    assert said.returncode == 0
 
 
 def test_status_into_a_closed_pipe_says_nothing(folder: Path, daemon: StartDaemon) -> None:

@@ -9,6 +9,7 @@ import select
 import socket
 import stat
 import termios
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -100,12 +101,12 @@ def test_the_umask_is_as_it_was(folder: Path) -> None:
 def test_descriptors_are_non_blocking_and_closed_on_exec(
     kind: str, folder: Path, ports: Ports
 ) -> None:
-    backend: Backend = {
+    backends: dict[str, Backend] = {
         "unix": Unix(str(folder / "s.data")),
         "network": Network("127.0.0.1", ports()),
         "pty": Pty(None),
-    }[kind]
-    with closing(Endpoints(guest(folder / "s", backend))) as made:
+    }
+    with closing(Endpoints(guest(folder / "s", backends[kind]))) as made:
         for fd in (made.frontend, made.ports[0]):
             assert fd is not None
             assert (os.get_blocking(fd), os.get_inheritable(fd)) == (False, False)
@@ -235,7 +236,7 @@ def test_a_claim_waits_for_another_in_the_same_folder(
         waited.append((folder / "s").exists())
         fcntl.flock(holder, fcntl.LOCK_UN)
 
-    monkeypatch.setattr(endpoints.time, "sleep", release)
+    monkeypatch.setattr(time, "sleep", release)
     holder = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(holder, fcntl.LOCK_EX)

@@ -319,6 +319,13 @@ def test_a_signal_that_the_caller_ignores_stays_ignored(start: StartDaemon) -> N
     assert served.workers()
 
 
+def test_a_signal_that_the_caller_blocks_ends_it_all_the_same(start: StartDaemon) -> None:
+    served = start(preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM]))
+    served.workers()
+    served.signal(signal.SIGTERM)
+    assert served.wait() == 0
+
+
 STUBBORN = """
 def run(guest, heirlooms):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -354,8 +361,9 @@ def test_an_idle_master_never_wakes(start: StartDaemon) -> None:
     process = psutil.Process(served.pid)
     until(lambda: process.status() == psutil.STATUS_SLEEPING, "it does not sleep")
     before = process.num_ctx_switches()
+    assert served.process.stderr is not None
     # Nothing can be waited for here: the claim is that nothing happens.
-    assert not select.select([served.process.stderr], [], [], 1.0)[0]
+    assert not select.select([served.process.stderr.fileno()], [], [], 1.0)[0]
     assert process.num_ctx_switches() == before
 
 

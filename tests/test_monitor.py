@@ -29,7 +29,7 @@ from vhost_device_console.monitor import (
     Status,
 )
 
-from launch import until
+from launch import WITHIN
 
 REQUEST = b'{"type":"status"}\n'
 
@@ -84,6 +84,12 @@ class Desk:
         while ready := self._selector.select(0):
             for key, _ in ready:
                 key.data()
+
+    def wait(self) -> None:
+        """Serve what is ready next; fail when nothing comes."""
+        ready = self._selector.select(WITHIN)
+        assert ready, "nothing came"
+        self.turn()
 
     def watched(self) -> int:
         """How many descriptors the selector has."""
@@ -301,12 +307,13 @@ def test_a_link_is_no_folder_of_ours(folder: Path) -> None:
         monitor.own_path({"RUNTIME_DIRECTORY": str(folder / "r")})
 
 
-def test_live_daemons_are_found_in_the_folder_and_one_level_below(desk: Desk, folder: Path) -> None:
+def test_live_daemons_are_found_in_the_folder_and_one_level_below(folder: Path) -> None:
     (folder / "instance").mkdir()
     with ExitStack() as undo:
-        below = str(folder / "instance" / "7.sock")
+        here, below = str(folder / "5.sock"), str(folder / "instance" / "7.sock")
+        listen_unix(undo, here)
         listen_unix(undo, below)
-        assert monitor.find({"RUNTIME_DIRECTORY": str(folder)}) == [below, desk.path]
+        assert monitor.find({"RUNTIME_DIRECTORY": str(folder)}) == [here, below]
 
 
 def test_a_dead_daemon_s_socket_is_removed(folder: Path) -> None:
@@ -314,6 +321,13 @@ def test_a_dead_daemon_s_socket_is_removed(folder: Path) -> None:
         dead.bind(str(folder / "1.sock"))
     assert monitor.find({"RUNTIME_DIRECTORY": str(folder)}) == []
     assert os.listdir(folder) == []
+
+
+def test_other_sockets_in_the_folder_are_left_alone(folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(folder / "guest.sock"))
+    assert monitor.find({"RUNTIME_DIRECTORY": str(folder)}) == []
+    assert os.listdir(folder) == ["guest.sock"]
 
 
 def test_a_missing_folder_has_no_daemons(folder: Path) -> None:
@@ -327,7 +341,9 @@ def test_asking_gives_the_status(desk: Desk) -> None:
     answers: list[Status] = []
     client = threading.Thread(target=lambda: answers.append(monitor.ask(desk.path)))
     client.start()
-    until(lambda: desk.turn() or answers, "no answer")
+    desk.wait()  # it connects
+    while client.is_alive():
+        desk.turn()
     client.join()
     assert answers == [desk.status]
 

@@ -49,7 +49,7 @@ def test_nothing_is_sent_without_an_address(monkeypatch: pytest.MonkeyPatch) -> 
         raise AssertionError("a socket was made")
 
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    monkeypatch.setattr(systemd.socket, "socket", fail)
+    monkeypatch.setattr(socket, "socket", fail)
     systemd.notify("READY=1")
 
 
