@@ -105,8 +105,8 @@ _ports = _Ports()
 
 def _listening_sockets() -> set[str]:
     """Return the paths of the unix sockets that listen (flag __SO_ACCEPTCON, unix(7))."""
-    lines = Path("/proc/net/unix").read_text().splitlines()[1:]
-    rows = [line.split() for line in lines]
+    lines = Path("/proc/net/unix").read_text(errors="replace").splitlines()[1:]
+    rows = [line.split(maxsplit=7) for line in lines]
     return {row[7] for row in rows if len(row) > 7 and int(row[3], 16) & 0x10000}
 
 
@@ -177,7 +177,9 @@ class Daemon:
             own += rollup["Pss"] - rollup["Pss_File"]
             mine: dict[str, int] = {}
             path = ""
-            for line in Path(f"/proc/{process.pid}/smaps").read_text().splitlines():
+            for line in (
+                Path(f"/proc/{process.pid}/smaps").read_text("utf-8", "replace").splitlines()
+            ):
                 words = line.split()
                 if "-" in words[0] and not words[0].endswith(":"):
                     path = words[5] if len(words) > 5 else ""

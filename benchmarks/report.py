@@ -134,16 +134,17 @@ def _machine(results: Results) -> str:
     machine, versions = results["machine"], results["versions"]
     kind = "a virtual machine" if machine["virtual"] == "yes" else "a machine"
     pinned = (
-        "The guest and its client ran on one CPU, the daemon on another"
+        "The guest and its client ran on one CPU, the daemon on another."
         if machine["pinned"] == "yes"
-        else "Nothing was pinned to a CPU"
+        else "Nothing was pinned to a CPU."
     )
     peer = f"version {versions['peer']}" if "peer" in versions else "not available, so no ratio"
     return (
         f"Rounds: {results['rounds']}, in {results['took_s']:.0f} s, on {kind} with "
         f"{machine['cpus']} CPUs ({machine['cpu']}) and {machine['memory_gib']} GiB, Linux "
-        f"{machine['linux']}, CPython {machine['python']}; load average before the run "
-        f"{machine['load_before']}. {pinned}. Ours: version {versions['ours']}; peer: {peer}."
+        f"{machine['linux']}, CPython {machine['python']}. {pinned} Other programs "
+        f"used {machine['others_percent']} % of the CPUs meanwhile. Ours: version "
+        f"{versions['ours']}; peer: {peer}."
     )
 
 

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 import report
 from daemons import BenchmarkError, Daemon, find_ours, find_peer, running, version
@@ -227,8 +230,27 @@ def describe_machine(layout: Layout) -> Record:
         "linux": ".".join(platform.release().split(".")[:2]),
         "python": platform.python_version(),
         "pinned": "no" if layout.daemon is None else "yes",
-        "load_before": round(os.getloadavg()[0], 2),
     }
+
+
+class Others:
+    """What other programs do on this machine meanwhile: a number that should be near zero."""
+
+    def __init__(self) -> None:
+        self._busy, self._begin = self._foreign_s(), time.monotonic()
+
+    @staticmethod
+    def _foreign_s() -> float:
+        """Return the CPU time since boot, in seconds, that is not this benchmark's."""
+        times = psutil.cpu_times()
+        used = [resource.getrusage(w) for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        mine = sum(usage.ru_utime + usage.ru_stime for usage in used)
+        return float(times.user + times.nice + times.system - mine)
+
+    def percent(self) -> float:
+        """Return their share of all CPUs since this object was made."""
+        foreign = max(0.0, self._foreign_s() - self._busy)
+        return 100 * foreign / (time.monotonic() - self._begin) / (os.cpu_count() or 1)
 
 
 def measure_all(bench: Bench, rounds: int, quick: bool) -> None:
@@ -276,10 +298,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every daemon is ended
     layout = pin()
     machine = describe_machine(layout)
-    begin = time.monotonic()
+    begin, others = time.monotonic(), Others()
     with tempfile.TemporaryDirectory(prefix="vdc", dir="/tmp") as folder:
         bench = Bench(frontend, sides, layout, Path(folder))
         measure_all(bench, rounds, options.quick)
+    machine["others_percent"] = round(others.percent(), 1)
     results: report.Results = {
         "versions": versions,
         "machine": machine,
