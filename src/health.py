@@ -1,6 +1,6 @@
 """Health records and their framing: the only vocabulary between worker and master.
 
-A record is a worker's counters since it started, sent when they changed; the latest one replaces
+A record is a worker's counters, sent when they changed; the latest one replaces
 all before it. A frame is a u32 length (little-endian) and that many bytes of MessagePack.
 """
 
@@ -19,7 +19,8 @@ _LARGEST = 1 << 16
 class PortHealth(msgspec.Struct, array_like=True, kw_only=True):
     """One port's counters, in bytes unless they say otherwise.
 
-    `output` and `input` are what the guest wrote and what it was given. `missed` is what readers
+    `output` and `input` are offsets in the journal, which a successor goes on with: all that the
+    guest ever wrote and was given. The others start at 0 with each worker. `missed` is what readers
     were skipped over, each gap counted once for every reader that met it; `discarded` is what the
     guest wrote to a disabled queue. `stalls` counts how often a stuck reader let the guest wait.
     `columns` and `rows` are the size of the terminal at the port, 0 where it is not known.

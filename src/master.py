@@ -123,8 +123,9 @@ class _Guest:
 
 
 def _add(total: PortHealth, more: PortHealth) -> None:
-    total.output += more.output
-    total.input += more.input
+    # The journal goes on where a dead worker left it; everything else is counted from 0 again.
+    total.output = max(total.output, more.output)
+    total.input = max(total.input, more.input)
     total.missed += more.missed
     total.discarded += more.discarded
     total.stalls += more.stalls

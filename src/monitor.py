@@ -43,7 +43,7 @@ class StatusRequest(msgspec.Struct, tag_field="type", tag="status"):
 
 
 class PortStatus(msgspec.Struct, kw_only=True):
-    """One port; the counters are those of `health.PortHealth`, summed over all workers so far.
+    """One port; the counters are those of `health.PortHealth`, over all workers so far.
 
     `endpoint` is where people attach: `127.0.0.1:12345`, a path, or `terminal`.
     """

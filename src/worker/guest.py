@@ -20,13 +20,13 @@ from .. import config
 from ..errors import FrontendError, GuestError, RefusedError
 from ..health import Health, PortHealth
 from ..journal import Journal
-from . import Inheritance
 from .audience import Audience
 from .backends import pty, tcp, unix
 from .backends.base import Endpoint
 from .backends.terminal import Terminal
 from .console.device import FEATURES, MULTIPORT, Console, Role
 from .console.port import Port
+from .inheritance import Inheritance
 from .poller import HUP, Poller, drain_fd
 from .report import Report
 from .vhost_user import message as wire
@@ -181,7 +181,7 @@ class Guest:
                 return tcp.endpoint(fd)
 
     def run(self) -> None:
-        """Serve until told to stop, left by its user, or alone (master or `--fd` frontend gone)."""
+        """Serve until told to end, left by the user, or without master or `--fd` frontend."""
         self._report.send()
         self._poller.run(self._drain, self._flush, self._arm)
 
@@ -577,8 +577,12 @@ class Guest:
         return counters
 
 
-def serve(guest: config.Guest, inheritance: Inheritance) -> int:
-    """See `worker.run`."""
+def run(guest: config.Guest, inheritance: Inheritance) -> int:
+    """Serve `guest` until it is told to stop (SIGTERM), and return the exit status.
+
+    0: done, do not start again (stopped, left by the user, or an `--fd` frontend hung up).
+    Anything else: start a successor. Ends by itself when the master is gone.
+    """
     hall = Guest(guest, inheritance)
     try:
         hall.run()
