@@ -175,9 +175,9 @@ class Poller:
 
     def _dispatch(self, timeout_ms: float | None) -> None:
         events = self._epoll.poll(None if timeout_ms is None else timeout_ms / 1e3)
-        for fd, what in events:
-            # An earlier callback of this round may have let go of it.
-            if callback := self._watched.get(fd):
+        for fd, what, callback in [(fd, what, self._watched.get(fd)) for fd, what in events]:
+            # An earlier callback of this round may have let go of it, and given its number away.
+            if callback is not None and self._watched.get(fd) is callback:
                 callback(what)
         for fd, wanted in [*self._files.items()]:
             if wanted and (callback := self._watched.get(fd)):
