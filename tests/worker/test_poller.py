@@ -1,0 +1,517 @@
+"""The loop, with real descriptors; time is real only where it is waited for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import pytest
+from vhost_device_console.worker import poller as module
+from vhost_device_console.worker.poller import HUP, IN, OUT, Poller, drain_fd
+
+GUARD_S = 20.0
+
+
+@pytest.fixture
+def poller() -> Iterator[Poller]:
+    made = Poller(0)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    one, other = socket.socketpair()
+    with one, other:
+        one.setblocking(False)
+        yield one, other
+
+
+def no() -> bool:
+    return False
+
+
+def run(
+    poller: Poller,
+    drain: Callable[[], bool] = no,
+    flush: Callable[[], bool] = no,
+    arm: Callable[[], bool] = no,
+) -> None:
+    """Run until something stops the loop; fail if nothing does."""
+
+    def never_stopped() -> None:
+        raise AssertionError("nothing stopped the loop")
+
+    guard = poller.timer(never_stopped)
+    guard.start(GUARD_S)
+    poller.run(drain, flush, arm)
+    guard.stop()
+
+
+def rounds(poller: Poller, count: int) -> None:
+    """Let the loop look at its descriptors `count` times, never sleeping."""
+    left = iter(range(count))
+
+    def flush() -> bool:
+        if next(left, None) is None:
+            poller.stop()
+        return True
+
+    run(poller, flush=flush)
+
+
+# File descriptors
+
+
+def test_a_readable_descriptor_is_told(poller: Poller, pair: tuple[socket.socket, ...]) -> None:
+    one, other = pair
+    seen: list[int] = []
+
+    def readable(events: int) -> None:
+        seen.append(events)
+        poller.stop()
+
+    poller.watch(one.fileno(), readable)
+    other.send(b"x")
+    run(poller)
+    assert seen == [IN]
+
+
+def test_only_wanted_events_are_told(poller: Poller, pair: tuple[socket.socket, ...]) -> None:
+    one, other = pair
+    seen: list[int] = []
+    poller.watch(one.fileno(), seen.append, 0)
+    other.send(b"x")
+    rounds(poller, 3)
+    assert seen == []
+
+
+@pytest.mark.parametrize("events", [OUT, IN, IN | OUT])
+def test_what_is_wanted_can_change(
+    poller: Poller, pair: tuple[socket.socket, ...], events: int
+) -> None:
+    one, other = pair
+    seen: list[int] = []
+    poller.watch(one.fileno(), seen.append, 0)
+    poller.want(one.fileno(), events)
+    other.send(b"x")
+    rounds(poller, 1)
+    assert set(seen) == {events}
+
+
+def test_a_hangup_is_told_whatever_is_wanted(
+    poller: Poller, pair: tuple[socket.socket, ...]
+) -> None:
+    one, other = pair
+    seen: list[int] = []
+
+    def broken(events: int) -> None:
+        seen.append(events)
+        poller.forget(one.fileno())
+        poller.stop()
+
+    poller.watch(one.fileno(), broken, 0)
+    other.close()
+    run(poller)
+    assert seen[0] & HUP
+
+
+def test_a_forgotten_descriptor_is_silent(poller: Poller, pair: tuple[socket.socket, ...]) -> None:
+    one, other = pair
+    seen: list[int] = []
+    poller.watch(one.fileno(), seen.append)
+    poller.forget(one.fileno())
+    other.send(b"x")
+    rounds(poller, 3)
+    assert seen == []
+
+
+def test_forgetting_twice_is_forgetting_once(
+    poller: Poller, pair: tuple[socket.socket, ...]
+) -> None:
+    poller.watch(pair[0].fileno(), lambda _: None)
+    poller.forget(pair[0].fileno())
+    poller.forget(pair[0].fileno())
+
+
+def test_a_descriptor_forgotten_in_the_same_round_is_silent(poller: Poller) -> None:
+    with contextlib.ExitStack() as ends:
+        ready = []
+        for _ in range(4):
+            one, other = socket.socketpair()
+            ends.enter_context(one)
+            ends.enter_context(other).send(b"x")
+            ready.append(one.fileno())
+        called = []
+
+        def readable(fd: int) -> None:
+            called.append(fd)
+            for each in ready:
+                poller.forget(each)
+
+        for fd in ready:
+            poller.watch(fd, lambda _, fd=fd: readable(fd))
+        rounds(poller, 2)
+        assert len(called) == 1
+
+
+def test_an_event_is_not_told_to_who_got_the_number_since(poller: Poller) -> None:
+    """Two are ready; the one called first replaces the other by a descriptor of its number."""
+    with contextlib.ExitStack() as ends:
+        seen: list[int] = []
+        fds = []
+        for _ in range(2):
+            read, write = os.pipe()
+            ends.callback(os.close, read)
+            os.close(write)
+            fds.append(read)
+        quiet, end = os.pipe()
+        ends.callback(os.close, quiet)
+        ends.callback(os.close, end)
+
+        def replace(fd: int, other: int) -> None:
+            for each in (fd, other):
+                poller.forget(each)
+            os.dup2(quiet, other)
+            poller.watch(other, seen.append)
+
+        poller.watch(fds[0], lambda _: replace(fds[0], fds[1]))
+        poller.watch(fds[1], lambda _: replace(fds[1], fds[0]))
+        rounds(poller, 3)
+        assert seen == []
+
+
+# Files
+
+
+@pytest.mark.parametrize("path", ["/dev/null", __file__])
+def test_what_cannot_be_waited_for_is_refused(poller: Poller, path: str) -> None:
+    with open(path, "rb") as file, pytest.raises(PermissionError):
+        poller.watch(file.fileno(), lambda _: None)
+
+
+def test_a_refused_descriptor_is_not_watched(poller: Poller) -> None:
+    with open("/dev/null", "rb") as file:
+        with pytest.raises(PermissionError):
+            poller.watch(file.fileno(), lambda _: None)
+        poller.want(file.fileno(), IN)
+        poller.forget(file.fileno())
+
+
+@pytest.mark.parametrize("path", ["/dev/null", __file__])
+def test_a_file_is_ready_whenever_it_is_wanted(poller: Poller, path: str) -> None:
+    with open(path, "rb") as file:
+        seen: list[int] = []
+
+        def ready(events: int) -> None:
+            seen.append(events)
+            if len(seen) == 3:
+                poller.want(file.fileno(), 0)
+                end.start(0.01)
+
+        end = poller.timer(poller.stop)
+        poller.watch(file.fileno(), ready, IN, file_too=True)
+        run(poller)
+        assert seen == [IN] * 3
+
+
+def test_a_forgotten_file_is_silent(poller: Poller) -> None:
+    with open("/dev/null", "rb") as file:
+        seen: list[int] = []
+        poller.watch(file.fileno(), seen.append, IN, file_too=True)
+        poller.forget(file.fileno())
+        rounds(poller, 2)
+        assert seen == []
+
+
+# Timers
+
+
+def test_timers_fire_when_they_are_due(poller: Poller) -> None:
+    fired: list[str] = []
+
+    def last() -> None:
+        fired.append("late")
+        poller.stop()
+
+    late, early = poller.timer(last), poller.timer(lambda: fired.append("early"))
+    late.start(0.02)
+    early.start(0.005)
+    run(poller)
+    assert fired == ["early", "late"]
+    assert late.due is early.due is None
+
+
+def test_a_stopped_timer_does_not_fire(poller: Poller) -> None:
+    fired: list[str] = []
+    timer, end = poller.timer(lambda: fired.append("fired")), poller.timer(poller.stop)
+    timer.start(0)
+    timer.stop()
+    end.start(0.005)
+    run(poller)
+    assert fired == []
+
+
+def test_starting_again_replaces_the_deadline(poller: Poller) -> None:
+    fired: list[str] = []
+    timer, end = poller.timer(lambda: fired.append("fired")), poller.timer(poller.stop)
+    timer.start(0)
+    timer.start(GUARD_S / 2)
+    end.start(0.005)
+    run(poller)
+    assert fired == []
+
+
+def test_a_timer_can_start_itself_again(poller: Poller) -> None:
+    fired: list[None] = []
+
+    def again() -> None:
+        fired.append(None)
+        if len(fired) == 3:
+            poller.stop()
+        else:
+            timer.start(0.001)
+
+    timer = poller.timer(again)
+    timer.start(0)
+    run(poller)
+    assert len(fired) == 3
+
+
+def test_timers_and_descriptors_have_their_turn_while_there_is_work(
+    poller: Poller, pair: tuple[socket.socket, ...]
+) -> None:
+    one, other = pair
+    left = {"timer", "descriptor"}
+
+    def happened(what: str) -> None:
+        left.discard(what)
+        if not left:
+            poller.stop()
+
+    poller.watch(one.fileno(), lambda _: happened("descriptor"))
+    poller.timer(lambda: happened("timer")).start(0)
+    other.send(b"x")
+    run(poller, drain=lambda: True)
+    assert not left
+
+
+# Signals
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    numbers = (signal.SIGUSR1, signal.SIGUSR2)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_signal_wakes_the_loop(poller: Poller) -> None:
+    heard: list[str] = []
+
+    def heard_one() -> None:
+        heard.append("one")
+        poller.stop()
+
+    poller.on_signal(signal.SIGUSR1, heard_one)
+    sender = poller.timer(lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    sender.start(0.002)
+    run(poller)
+    assert heard == ["one"]
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_signal_that_came_before_the_loop_is_heard(poller: Poller) -> None:
+    poller.on_signal(signal.SIGUSR1, poller.stop)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    run(poller)
+
+
+@pytest.mark.usefixtures("signals")
+def test_each_signal_has_its_callback(poller: Poller) -> None:
+    heard: list[str] = []
+    poller.on_signal(signal.SIGUSR1, lambda: heard.append("one"))
+    poller.on_signal(signal.SIGUSR2, lambda: heard.append("two"))
+    os.kill(os.getpid(), signal.SIGUSR2)
+    rounds(poller, 2)
+    assert heard == ["two"]
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_flood_of_signals_is_one(poller: Poller) -> None:
+    heard: list[None] = []
+    poller.on_signal(signal.SIGUSR1, lambda: heard.append(None))
+    for _ in range(1000):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    rounds(poller, 2)
+    assert len(heard) == 1
+
+
+# Work
+
+
+def test_a_stopped_loop_does_not_run(poller: Poller) -> None:
+    poller.stop()
+    run(poller, drain=lambda: pytest.fail("it ran"))
+
+
+def test_work_is_passed_on_before_descriptors_are_looked_at(
+    poller: Poller, pair: tuple[socket.socket, ...]
+) -> None:
+    one, other = pair
+    order: list[str] = []
+
+    def drain() -> bool:
+        order.append("drain")
+        return len(order) == 1
+
+    def readable(_: int) -> None:
+        order.append("descriptor")
+        poller.stop()
+
+    poller.watch(one.fileno(), readable)
+    other.send(b"x")
+    run(poller, drain=drain, flush=lambda: bool(order.append("flush")))
+    assert order[0] == "drain"
+    assert order[-2:] == ["flush", "descriptor"]
+
+
+def test_work_that_does_not_end_is_passed_on_all_the_same(poller: Poller) -> None:
+    def flush() -> bool:
+        poller.stop()
+        return True
+
+    run(poller, drain=lambda: True, flush=flush)
+
+
+def test_what_came_while_arming_is_worked_on_before_sleep(poller: Poller) -> None:
+    order: list[str] = []
+
+    def drain() -> bool:
+        order.append("drain")
+        return False
+
+    def arm() -> bool:
+        order.append("arm")
+        if len(order) == 4:
+            poller.stop()
+        return True
+
+    run(poller, drain=drain, arm=arm)
+    assert order == ["drain", "arm"] * 2
+
+
+def test_an_idle_loop_does_nothing(poller: Poller) -> None:
+    looks: list[None] = []
+    poller.timer(poller.stop).start(0.05)
+    run(poller, drain=lambda: bool(looks.append(None)))
+    assert len(looks) <= 3
+
+
+# The window, by a clock that only the test moves
+
+
+class Clock:
+    """Nanoseconds that pass by one microsecond a look at them."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def __call__(self) -> int:
+        self.now += 1000
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(module, "monotonic_ns", made)
+    return made
+
+
+def looks_a_round(clock: Clock, window_us: int, sleeps_us: int, rounds: int) -> list[int]:
+    """Return how often the rings were looked at before each of so many sleeps."""
+    poller = Poller(window_us)
+    read, write = os.pipe()
+    counts = [0]
+
+    def drain() -> bool:
+        counts[-1] += 1
+        return False
+
+    def woken(_: int) -> None:
+        clock.now += sleeps_us * 1000
+        if len(counts) == rounds:
+            poller.stop()
+        counts.append(0)
+
+    poller.watch(read, woken)
+    os.write(write, b"x")
+    poller.run(drain, no, no)
+    poller.close()
+    os.close(read)
+    os.close(write)
+    return counts[:-1]
+
+
+def test_the_window_shrinks_to_nothing_when_looking_does_not_pay(clock: Clock) -> None:
+    counts = looks_a_round(clock, 50, 1_000_000, 8)
+    assert counts[0] > 1
+    assert counts[-1] == 1
+
+
+def test_the_window_grows_when_work_comes_soon_after_it(clock: Clock) -> None:
+    counts = looks_a_round(clock, 50, 5, 8)
+    assert counts[0] < counts[1] < counts[-1]
+    assert 40 < counts[-1] <= 51
+
+
+def test_no_window_is_no_look(clock: Clock) -> None:
+    assert looks_a_round(clock, 0, 5, 4) == [1] * 4
+
+
+def test_work_within_the_window_is_found_without_sleep(clock: Clock) -> None:
+    poller = Poller(50)
+    looks: list[int] = []
+
+    def drain() -> bool:
+        looks.append(clock.now)
+        if len(looks) == 4:
+            poller.stop()
+            return True
+        return False
+
+    def arm() -> bool:
+        pytest.fail("it went to sleep")
+
+    poller.run(drain, no, arm)
+    poller.close()
+    assert len(looks) >= 4
+
+
+# Notifications
+
+
+def test_an_eventfd_is_drained_at_once() -> None:
+    fd = os.eventfd(5, os.EFD_NONBLOCK)
+    try:
+        drain_fd(fd)
+        with pytest.raises(BlockingIOError):
+            os.read(fd, 8)
+        drain_fd(fd)
+    finally:
+        os.close(fd)
+
+
+def test_a_socket_is_drained(pair: tuple[socket.socket, ...]) -> None:
+    one, other = pair
+    other.send(bytes(80))
+    drain_fd(one.fileno())
+    with pytest.raises(BlockingIOError):
+        one.recv(1)
