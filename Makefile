@@ -25,11 +25,12 @@ test:
 	@$(BIN)/pytest -n auto
 
 check:
-	@$(PYTHON) contrib/environment check test
+	@$(PYTHON) contrib/environment check
 	$(BIN)/ruff format --check . $(SCRIPTS)
 	$(BIN)/ruff check . $(SCRIPTS)
 	$(BIN)/mypy
-	@set -e; for script in $(SCRIPTS); do (set -x; MYPYPATH=.typing:contrib $(BIN)/mypy $$script); done
+	@for script in $(SCRIPTS); do \
+	    echo "mypy $$script"; MYPYPATH=.typing:contrib $(BIN)/mypy --strict $$script || exit; done
 	$(BIN)/lint-imports
 
 format:
@@ -45,9 +46,10 @@ dist:
 	@$(PYTHON) contrib/environment dist
 	rm -rf dist build/lib build/bdist.* build/wheel
 	$(BIN)/python -m build
-	$(PYTHON) contrib/environment --help >/dev/null
-	$(BIN)/python -m venv build/wheel
+	$(BIN)/python -m venv --without-pip build/wheel
+	$(BIN)/python -m pip --python build/wheel/bin/python install -q dist/*.whl
+	cd build && wheel/bin/vhost-device-console --version
 
 clean:
-	rm -rf .venv build dist *.egg-info .coverage* .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .coverage* .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -r {} +
