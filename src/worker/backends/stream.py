@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Callable
@@ -25,6 +26,8 @@ class StreamClient:
             return self._sock.recv_into(into)
         except BlockingIOError:
             return None
+        except OSError as error:  # a timeout or no route any more are no ConnectionErrors
+            raise ConnectionResetError(f"the connection is gone: {error}") from None
 
     def write(self, data: memoryview | bytes) -> int:
         """See `Client.write`."""
@@ -65,9 +68,11 @@ class StreamEndpoint:
             return None
         try:
             return self._client(sock)
-        except OSError:  # gone before it could be set up
+        except OSError as error:
             sock.close()
-            return None
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            return None  # gone before it could be set up
 
     def close(self) -> None:
         """Close the listener."""
