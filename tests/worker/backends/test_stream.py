@@ -1,0 +1,221 @@
+"""What stream clients and their endpoints have in common, over unix sockets."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from vhost_device_console.worker.backends.stream import StreamClient, StreamEndpoint
+
+
+class Broken(socket.socket):
+    """A connection that died as told."""
+
+    error = errno.EIO
+
+    def recv_into(self, *_: object) -> NoReturn:  # type: ignore[override]
+        raise OSError(self.error, os.strerror(self.error))
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[StreamClient, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    client = StreamClient(ours, "test")
+    with theirs:
+        yield client, theirs
+    client.close()
+
+
+Pair = tuple[StreamClient, socket.socket]
+
+
+# Clients
+
+
+def test_what_is_typed_is_read(pair: Pair) -> None:
+    client, user = pair
+    user.send(b"typed")
+    room = bytearray(16)
+    assert client.read(memoryview(room)) == 5
+    assert room[:5] == b"typed"
+
+
+def test_no_more_is_read_than_there_is_room_for(pair: Pair) -> None:
+    client, user = pair
+    user.send(b"typed")
+    room = bytearray(3)
+    assert [client.read(memoryview(room)), client.read(memoryview(room))] == [3, 2]
+
+
+def test_nothing_typed_is_nothing_for_now(pair: Pair) -> None:
+    assert pair[0].read(memoryview(bytearray(16))) is None
+
+
+def test_the_end_of_input_is_no_bytes(pair: Pair) -> None:
+    client, user = pair
+    user.send(b"last")
+    user.shutdown(socket.SHUT_WR)
+    room = memoryview(bytearray(16))
+    assert [client.read(room), client.read(room), client.read(room)] == [4, 0, 0]
+
+
+def test_after_the_end_of_input_output_still_arrives(pair: Pair) -> None:
+    client, user = pair
+    user.shutdown(socket.SHUT_WR)
+    assert client.read(memoryview(bytearray(16))) == 0
+    assert client.write(b"answer") == 6
+    assert user.recv(16) == b"answer"
+
+
+@pytest.mark.parametrize(
+    "error", [errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH]
+)
+def test_a_connection_that_died_of_anything_is_a_client_that_is_gone(error: int) -> None:
+    ours, theirs = socket.socketpair()
+    broken = Broken(fileno=ours.detach())
+    broken.error = error
+    client = StreamClient(broken, "test")
+    with theirs, pytest.raises(ConnectionError):
+        client.read(memoryview(bytearray(16)))
+    client.close()
+
+
+def test_writing_to_who_has_gone_is_a_connection_error(pair: Pair) -> None:
+    client, user = pair
+    user.close()
+    with pytest.raises(ConnectionError):
+        client.write(b"anybody?")
+
+
+def test_what_fits_is_written_and_then_nothing(pair: Pair) -> None:
+    client, user = pair
+    written = 0
+    while count := client.write(bytes(100_000)):
+        written += count
+    assert client.write(b"x") == 0
+    assert 0 < len(user.recv(1 << 24, socket.MSG_WAITALL | socket.MSG_DONTWAIT)) <= written
+
+
+def test_the_two_halves_are_two_descriptors_of_one_socket(pair: Pair) -> None:
+    client, _ = pair
+    assert client.reads != client.writes
+    assert os.fstat(client.reads).st_ino == os.fstat(client.writes).st_ino
+
+
+def test_a_closed_client_hangs_up(pair: Pair) -> None:
+    client, user = pair
+    client.close()
+    client.close()
+    assert user.recv(16) == b""
+
+
+def test_a_unix_socket_cannot_tell_what_did_not_arrive(pair: Pair) -> None:
+    client, _ = pair
+    client.write(b"unread")
+    assert client.undelivered() == 0
+
+
+# Endpoints
+
+
+@pytest.fixture
+def path(folder: Path) -> str:
+    return str(folder / "s")
+
+
+@pytest.fixture
+def listener(path: str) -> Iterator[int]:
+    """Give a listening descriptor that the endpoint may own."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.bind(path)
+    sock.listen()
+    fd = os.dup(sock.fileno())
+    sock.close()
+    yield fd
+
+
+Make = Callable[[socket.socket], StreamClient]
+
+
+def plain(sock: socket.socket) -> StreamClient:
+    return StreamClient(sock, "test")
+
+
+def call(path: str) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(path)
+    return sock
+
+
+def test_nobody_has_arrived_at_first(listener: int) -> None:
+    endpoint = StreamEndpoint(listener, plain)
+    assert endpoint.accept() is None
+    endpoint.close()
+
+
+def test_everybody_who_arrived_is_accepted_in_turn(listener: int, path: str) -> None:
+    endpoint = StreamEndpoint(listener, plain)
+    with call(path) as one, call(path) as two:
+        for sock, data in ((one, b"one"), (two, b"two")):
+            client = endpoint.accept()
+            assert client is not None
+            client.write(data)
+            assert sock.recv(16) == data
+            client.close()
+    assert endpoint.accept() is None
+    endpoint.close()
+
+
+def test_a_client_who_left_before_it_was_set_up_is_nobody(listener: int, path: str) -> None:
+    def gone(_: socket.socket) -> StreamClient:
+        raise OSError(errno.ENOTCONN, "not connected")
+
+    endpoint = StreamEndpoint(listener, gone)
+    with call(path) as user:
+        assert endpoint.accept() is None
+        assert user.recv(16) == b""
+    endpoint.close()
+
+
+def test_no_room_for_a_client_is_an_error_that_leaves_it_waiting(listener: int, path: str) -> None:
+    endpoint = StreamEndpoint(listener, plain)
+    with call(path) as user:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                endpoint.accept()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        client = endpoint.accept()
+        assert client is not None
+        client.write(b"welcome")
+        assert user.recv(16) == b"welcome"
+        client.close()
+    endpoint.close()
+
+
+def test_no_room_for_a_clients_second_half_is_an_error_too(listener: int, path: str) -> None:
+    def half(_: socket.socket) -> StreamClient:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    endpoint = StreamEndpoint(listener, half)
+    with call(path) as user:
+        with pytest.raises(OSError, match="Too many open files"):
+            endpoint.accept()
+        assert user.recv(16) == b""
+    endpoint.close()
+
+
+def test_a_closed_endpoint_accepts_nobody(listener: int, path: str) -> None:
+    StreamEndpoint(listener, plain).close()
+    with socket.socket(socket.AF_UNIX) as user, pytest.raises(ConnectionRefusedError):
+        user.connect(path)

@@ -1,0 +1,144 @@
+"""TCP clients, over the loopback."""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+from collections.abc import Callable, Iterator
+
+import pytest
+from vhost_device_console.worker.backends import tcp
+from vhost_device_console.worker.backends.stream import StreamClient
+
+Wait = Callable[..., int]
+RESET = struct.pack("ii", 1, 0)
+
+
+@pytest.fixture
+def both(wait: Wait) -> Iterator[tuple[StreamClient, socket.socket]]:
+    """Give an accepted client and its user's socket, of which the receive buffer is small."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    endpoint = tcp.endpoint(listener.detach())
+    with socket.socket() as user:
+        user.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        user.connect(address)
+        fd = endpoint.fileno()
+        wait(fd)
+        client = endpoint.accept()
+        assert client is not None
+        yield client, user
+        client.close()
+    endpoint.close()
+
+
+Both = tuple[StreamClient, socket.socket]
+
+
+def option(client: StreamClient, level: int, number: int) -> int:
+    with socket.socket(fileno=socket.dup(client.reads)) as sock:
+        return sock.getsockopt(level, number)
+
+
+def reset(user: socket.socket) -> None:
+    user.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    user.close()
+
+
+def fill(client: StreamClient) -> int:
+    """Write until no more fits; return how much did."""
+    total = 0
+    while count := client.write(bytes(1 << 16)):
+        total += count
+    return total
+
+
+def test_a_client_is_named_by_its_address(both: Both) -> None:
+    client, user = both
+    host, port = user.getsockname()
+    assert client.name == f"{host}:{port}"
+
+
+def test_keys_are_sent_at_once(both: Both) -> None:
+    assert option(both[0], socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_a_client_that_vanished_is_asked_for(both: Both) -> None:
+    client, _ = both
+    assert option(client, socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    idle, interval, count = (option(client, socket.IPPROTO_TCP, each) for each in options)
+    assert idle + interval * count <= 90
+
+
+def test_output_without_an_answer_is_not_sent_for_ever(both: Both) -> None:
+    assert 0 < option(both[0], socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) <= 60_000
+
+
+def test_a_half_closed_client_gets_its_answer(both: Both, wait: Wait) -> None:
+    client, user = both
+    user.send(b"question")
+    user.shutdown(socket.SHUT_WR)
+    room = memoryview(bytearray(16))
+    wait(client.reads)
+    assert client.read(room) == 8
+    wait(client.reads)
+    assert client.read(room) == 0
+    client.write(b"answer")
+    assert user.recv(16) == b"answer"
+
+
+def test_a_reset_client_is_gone(both: Both, wait: Wait) -> None:
+    client, user = both
+    reset(user)
+    wait(client.reads)
+    with pytest.raises(ConnectionError):
+        client.read(memoryview(bytearray(16)))
+
+
+def test_writing_to_a_reset_client_is_a_connection_error(both: Both, wait: Wait) -> None:
+    client, user = both
+    reset(user)
+    wait(client.writes, 0)
+    with pytest.raises(ConnectionError):
+        client.write(b"anybody?")
+
+
+def test_a_client_whose_output_timed_out_is_gone(both: Both, wait: Wait) -> None:
+    client, _ = both
+    with socket.socket(fileno=socket.dup(client.reads)) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1)
+    fill(client)
+    assert wait(client.reads, 0) & select.POLLHUP
+    with pytest.raises(ConnectionError):
+        client.read(memoryview(bytearray(16)))
+
+
+def test_what_was_acknowledged_is_delivered(both: Both) -> None:
+    client, user = both
+    client.write(b"arrived")
+    assert user.recv(16) == b"arrived"
+    assert client.undelivered() == 0
+
+
+def test_what_a_client_did_not_take_is_undelivered_even_after_its_reset(
+    both: Both, wait: Wait
+) -> None:
+    client, user = both
+    written = fill(client)
+    reset(user)
+    wait(client.writes, 0)
+    assert written // 2 < client.undelivered() < written
+
+
+def test_the_bytes_of_a_reset_client_add_up(both: Both, wait: Wait) -> None:
+    """What its machine acknowledged and what is undelivered are all that was written."""
+    client, user = both
+    written = fill(client)
+    reset(user)
+    wait(client.writes, 0)
+    with socket.socket(fileno=socket.dup(client.reads)) as sock:
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+    (acknowledged,) = struct.unpack_from("=Q", info, 120)
+    assert acknowledged + client.undelivered() == written
