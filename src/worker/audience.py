@@ -32,7 +32,7 @@ class _Seat:
         self.watcher: Watcher | None = watcher
         self.typing = True
         self.paused = False  # the port's input has no room
-        self.polled = True  # for input; not once it hung up while paused
+        self.polled = True  # for input; not after it hung up while paused
         self.blocked = False  # its output has no room
         self.notice = b""  # of a gap, due before the bytes after it
         self.took = False  # something since the grace timer looked
@@ -94,9 +94,7 @@ class Audience:
     def _seat(self, client: Client) -> None:
         seat = _Seat(client, self._port.attach())
         self._seats.append(seat)
-        self._poller.watch(
-            client.reads, lambda events: self._readable(seat, events), IN, file_too=True
-        )
+        self._listen_to(seat)
         self._poller.watch(
             client.writes, lambda events: self._writable(seat, events), 0, file_too=True
         )
@@ -104,6 +102,12 @@ class Audience:
         self._changed()
 
     # The input half
+
+    def _listen_to(self, seat: _Seat) -> None:
+        seat.polled = True
+        self._poller.watch(
+            seat.client.reads, lambda events: self._readable(seat, events), IN, file_too=True
+        )
 
     def _readable(self, seat: _Seat, events: int) -> None:
         if seat.paused:
@@ -140,8 +144,8 @@ class Audience:
             seat.paused = False
             if seat.polled:
                 self._poller.want(seat.client.reads, IN)
-            while not seat.polled and seat.typing and not seat.paused:
-                self._read(seat)
+            else:
+                self._listen_to(seat)
 
     def _ended(self, seat: _Seat) -> None:
         if not seat.typing:
