@@ -130,14 +130,14 @@ def path(folder: Path) -> str:
 
 
 @pytest.fixture
-def listener(path: str) -> Iterator[int]:
+def listener(path: str) -> int:
     """Give a listening descriptor that the endpoint may own."""
     sock = socket.socket(socket.AF_UNIX)
     sock.bind(path)
     sock.listen()
     fd = os.dup(sock.fileno())
     sock.close()
-    yield fd
+    return fd
 
 
 Make = Callable[[socket.socket], StreamClient]

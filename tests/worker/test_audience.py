@@ -1,0 +1,687 @@
+"""Clients at a port, as socket pairs, moved by a real poller whose timers the test fires."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from vhost_device_console import journal
+from vhost_device_console.worker.audience import Audience
+from vhost_device_console.worker.backends import unix
+from vhost_device_console.worker.backends.base import Client, Endpoint
+from vhost_device_console.worker.backends.stream import StreamClient
+from vhost_device_console.worker.console.port import Port
+from vhost_device_console.worker.poller import Poller, Timer
+
+SIZE = 4096
+
+
+class Stepped(Poller):
+    """A poller that turns once when it is told to, and whose timers the test fires."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.made: list[Timer] = []
+
+    def timer(self, callback: Callable[[], None]) -> Timer:
+        self.made.append(super().timer(callback))
+        return self.made[-1]
+
+    def step(self) -> None:
+        self._dispatch(0)
+
+    def fire(self) -> int:
+        """Fire every timer that is set; return how many were."""
+        due = [timer for timer in self.made if timer.due is not None]
+        for timer in due:
+            timer.fire()
+        return len(due)
+
+
+class Door:
+    """An endpoint at which the test lets clients in; `error` is raised once."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[Client] = deque()
+        self.error: OSError | None = None
+        self.asked = 0
+        self._event = os.eventfd(0, os.EFD_NONBLOCK)
+
+    def fileno(self) -> int:
+        return self._event
+
+    def arrive(self, client: Client) -> None:
+        self.waiting.append(client)
+        os.eventfd_write(self._event, 1)
+
+    def accept(self) -> Client | None:
+        self.asked += 1
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        if self.waiting:
+            return self.waiting.popleft()
+        with suppress(BlockingIOError):
+            os.eventfd_read(self._event)
+        return None
+
+    def close(self) -> None:
+        os.close(self._event)
+        for client in self.waiting:
+            client.close()
+
+
+class Odd(StreamClient):
+    """A client with a trouble of its own."""
+
+    error: OSError | None = None
+    silent = False
+    lost = 0
+
+    def read(self, into: memoryview) -> int | None:
+        return None if self.silent else super().read(into)
+
+    def write(self, data: memoryview | bytes) -> int:
+        if self.error is not None:
+            raise self.error
+        return super().write(data)
+
+    def undelivered(self) -> int:
+        return self.lost
+
+
+@dataclass
+class Buffer:
+    """A guest's buffer."""
+
+    head: int
+    size: int
+    spans: list[memoryview]
+
+
+@dataclass
+class Queue:
+    """A virtqueue with the guest's buffers in it."""
+
+    given: deque[Buffer] = field(default_factory=deque)
+    done: int = 0
+    last: Buffer | None = None
+
+    def give(self, *data: bytes) -> None:
+        for piece in data:
+            self.given.append(Buffer(0, len(piece), [memoryview(piece)]))
+
+    def pop(self) -> Buffer | None:
+        self.last = self.given.popleft() if self.given else None
+        return self.last
+
+    def unpop(self) -> None:
+        assert self.last is not None
+        self.given.appendleft(self.last)
+
+    def push(self, _head: int, _written: int) -> None:
+        self.done += 1
+
+
+class Lines(logging.Handler):
+    """Keeps the text of what is logged, and nothing that it was made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.text += record.getMessage() + "\n"
+
+
+class Hall:
+    """One port with its audience."""
+
+    def __init__(self, ends: ExitStack, endpoint: Endpoint | None = None) -> None:
+        fd = journal.create("test-journal", [(SIZE, SIZE)])
+        made = journal.Journal(fd)
+        os.close(fd)
+        self.ends = ends
+        ends.callback(self.__dict__.clear)  # or the journal stays mapped
+        self.port = Port(0, "console0", True, made.outputs[0], made.inputs[0])
+        self.poller = Stepped()
+        ends.callback(self.poller.close)
+        self.door = Door()
+        if endpoint is not None:
+            ends.callback(self.door.close)
+        self.log = Lines()
+        logger = logging.Logger("test")
+        logger.addHandler(self.log)
+        self.changes = 0
+        self.closed = False
+        self.audience = Audience(
+            self.port,
+            endpoint or self.door,
+            self.poller,
+            200,
+            logger,
+            self.changed,
+        )
+        ends.callback(self.close)
+
+    def close(self) -> None:
+        """Close the audience, unless the test did."""
+        if not self.closed:
+            self.closed = True
+            self.audience.close()
+
+    def changed(self) -> None:
+        self.changes += 1
+
+    def connect(
+        self, kind: type[StreamClient] = StreamClient
+    ) -> tuple[StreamClient, socket.socket]:
+        """Let a client arrive; return it and its user's end, both with small buffers."""
+        ours, user = socket.socketpair()
+        self.ends.enter_context(user)
+        for end in (ours, user):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
+        client = kind(ours, "test")
+        self.door.arrive(client)
+        self.settle()
+        return client, user
+
+    def join(self) -> socket.socket:
+        return self.connect()[1]
+
+    def settle(self) -> None:
+        """Let happen what can."""
+        for _ in range(8):
+            self.audience.flush()
+            self.poller.step()
+
+    def write(self, data: bytes) -> None:
+        """Put output into the journal, in pieces, with a flush after each."""
+        for at in range(0, len(data), SIZE // 2):
+            self.port.output.append(data[at : at + SIZE // 2])
+            self.port.output.commit()
+            self.settle()
+
+    def read(self, user: socket.socket) -> bytes:
+        """Return everything that reaches a user."""
+        got = b""
+        while True:
+            self.settle()
+            try:
+                data = user.recv(1 << 16, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return got
+            if not data:
+                return got
+            got += data
+
+    def take(self, most: int = 1 << 20) -> bytes:
+        """Let the guest take input, as much as there is or `most`."""
+        got = b""
+        while len(got) < most and (span := self.port.input.span()):
+            piece = bytes(span[: most - len(got)])
+            got += piece
+            self.port.input.consume(len(piece))
+            self.audience.resume()
+            self.settle()
+        return got
+
+
+@pytest.fixture
+def hall() -> Iterator[Hall]:
+    with ExitStack() as ends:
+        yield Hall(ends)
+
+
+def type_all(user: socket.socket, data: bytes) -> bytes:
+    """Send what fits without waiting; return that."""
+    user.setblocking(False)
+    sent = 0
+    while sent < len(data):
+        try:
+            sent += user.send(data[sent : sent + 512])
+        except BlockingIOError:
+            break
+    user.setblocking(True)
+    return data[:sent]
+
+
+def gone(user: socket.socket) -> bool:
+    """Whether the daemon's end of the connection is closed."""
+    try:
+        return user.recv(1 << 16, socket.MSG_DONTWAIT) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+
+
+# Output
+
+
+def test_output_made_before_anybody_came_is_replayed(hall: Hall) -> None:
+    hall.write(b"boot log")
+    user = hall.join()
+    hall.write(b", and on")
+    assert hall.read(user) == b"boot log, and on"
+
+
+def test_a_second_client_joins_live(hall: Hall) -> None:
+    hall.write(b"before")
+    one = hall.join()
+    two = hall.join()
+    hall.write(b"after")
+    assert hall.read(one) == b"beforeafter"
+    assert hall.read(two) == b"after"
+
+
+def test_output_while_nobody_is_there_is_the_next_clients(hall: Hall) -> None:
+    user = hall.join()
+    hall.write(b"seen")
+    assert hall.read(user) == b"seen"
+    user.close()
+    hall.settle()
+    hall.write(b"unseen")
+    assert hall.read(hall.join()) == b"unseen"
+
+
+def test_a_lot_of_output_reaches_who_reads(hall: Hall) -> None:
+    user = hall.join()
+    sent = os.urandom(20 * SIZE)
+    got = b""
+    for at in range(0, len(sent), 1000):
+        hall.write(sent[at : at + 1000])
+        got += hall.read(user)
+    assert got == sent
+    assert hall.port.missed == 0
+
+
+def marker(count: int) -> bytes:
+    return b"\r\n[vhost-device-console: %d bytes missed]\r\n" % count
+
+
+def test_who_did_not_read_in_time_is_told_how_much_is_missing(hall: Hall) -> None:
+    user = hall.join()
+    sent = os.urandom(20 * SIZE)
+    hall.write(sent)
+    got = hall.read(user)
+    missed = hall.port.missed
+    at = len(sent) - SIZE - missed
+    assert missed > 0
+    assert got == sent[:at] + marker(missed) + sent[-SIZE:]
+
+
+def test_who_came_too_late_is_told_how_much_is_missing(hall: Hall) -> None:
+    sent = os.urandom(3 * SIZE)
+    hall.write(sent)
+    assert hall.read(hall.join()) == marker(2 * SIZE) + sent[-SIZE:]
+    assert hall.port.missed == 2 * SIZE
+
+
+def test_a_gap_is_logged(hall: Hall) -> None:
+    hall.write(bytes(SIZE + 5))
+    hall.join()
+    assert "missed 5 bytes" in hall.log.text
+
+
+def test_one_who_does_not_read_costs_the_other_nothing(hall: Hall) -> None:
+    hall.join()
+    reader = hall.join()
+    sent = os.urandom(20 * SIZE)
+    got = b""
+    for at in range(0, len(sent), 1000):
+        hall.write(sent[at : at + 1000])
+        got += hall.read(reader)
+    assert got == sent
+
+
+def test_everyone_is_served_when_they_have_all_there_is(hall: Hall) -> None:
+    assert hall.audience.served
+    user = hall.join()
+    hall.port.output.append(b"x")
+    assert not hall.audience.served
+    hall.settle()
+    assert hall.audience.served
+    hall.write(bytes(5 * SIZE))
+    assert not hall.audience.served
+    hall.read(user)
+    assert hall.audience.served
+
+
+def test_what_is_known_not_to_have_arrived_is_the_next_clients(hall: Hall) -> None:
+    client, user = hall.connect(Odd)
+    assert isinstance(client, Odd)
+    hall.write(b"arrived, lost")
+    client.lost = len(b"lost")
+    user.close()
+    hall.settle()
+    assert hall.read(hall.join()) == b"lost"
+
+
+# Input
+
+
+def test_what_is_typed_reaches_the_guest(hall: Hall) -> None:
+    hall.join().send(b"typed")
+    hall.settle()
+    assert hall.take() == b"typed"
+
+
+def test_two_clients_both_type(hall: Hall) -> None:
+    one, two = hall.join(), hall.join()
+    for user, data in ((one, b"a"), (two, b"b"), (one, b"c")):
+        user.send(data)
+        hall.settle()
+    assert hall.take() == b"abc"
+
+
+def test_input_waits_when_the_guest_does_not_take_it_and_goes_on_when_it_does(hall: Hall) -> None:
+    user = hall.join()
+    data = os.urandom(10 * SIZE)
+    sent = type_all(user, data)
+    hall.settle()
+    assert len(hall.port.input) == SIZE
+    got = b""
+    while len(sent) < len(data) or len(hall.port.input):
+        got += hall.take(100)
+        sent += type_all(user, data[len(sent) :])
+        hall.settle()
+    assert got == data
+
+
+def test_a_full_input_ring_costs_no_wakeups(hall: Hall) -> None:
+    client, user = hall.connect(Odd)
+    type_all(user, bytes(4 * SIZE))
+    hall.settle()
+    reads = 0
+
+    def read(into: memoryview) -> int | None:
+        nonlocal reads
+        reads += 1
+        return StreamClient.read(client, into)
+
+    client.read = read  # type: ignore[method-assign]
+    hall.settle()
+    assert reads == 0
+
+
+def test_input_typed_before_a_hangup_is_the_guests(hall: Hall) -> None:
+    user = hall.join()
+    user.send(b"last words")
+    user.close()
+    hall.settle()
+    assert hall.take() == b"last words"
+    assert not hall.port.watchers
+
+
+def test_input_typed_before_a_hangup_is_not_lost_when_the_ring_was_full(hall: Hall) -> None:
+    hall.port.input.fed(SIZE)
+    user = hall.join()
+    sent = type_all(user, os.urandom(10 * SIZE))
+    assert len(sent) > 1000
+    user.close()
+    hall.settle()
+    hall.port.input.consume(SIZE)
+    hall.audience.resume()
+    hall.settle()
+    assert hall.take() == sent
+    assert not hall.port.watchers
+
+
+def test_a_hangup_with_a_full_ring_costs_no_wakeups(hall: Hall) -> None:
+    hall.port.input.fed(SIZE)
+    client, user = hall.connect()
+    type_all(user, bytes(100))
+    user.close()
+    hall.settle()
+    fds = {client.reads, client.writes}
+    assert not {fd for fd, _ in hall.poller._epoll.poll(0)} & fds  # noqa: SLF001
+
+
+def test_who_hung_up_and_is_there_again_does_not_hold_the_worker(hall: Hall) -> None:
+    """As a pty's slave that was closed with the ring full, and opened again since."""
+    hall.port.input.fed(SIZE)
+    client, user = hall.connect(Odd)
+    assert isinstance(client, Odd)
+    user.send(b"x")
+    hall.settle()
+    user.close()
+    hall.settle()
+    client.silent = True
+    hall.port.input.consume(SIZE)
+    hall.audience.resume()
+    hall.settle()
+    assert hall.take() == b""
+    client.silent = False
+    hall.settle()
+    assert hall.take() == b"x"
+
+
+# Leaving
+
+
+def test_a_client_that_left_is_let_go(hall: Hall) -> None:
+    client, user = hall.connect()
+    user.close()
+    hall.settle()
+    assert (client.writes, hall.port.watchers) == (-1, [])
+
+
+def test_a_half_closed_client_is_served_on(hall: Hall) -> None:
+    user = hall.join()
+    user.send(b"question")
+    user.shutdown(socket.SHUT_WR)
+    hall.settle()
+    assert hall.take() == b"question"
+    hall.write(b"answer")
+    assert hall.read(user) == b"answer"
+
+
+def test_a_half_closed_client_is_let_go_once_it_takes_nothing(hall: Hall) -> None:
+    user = hall.join()
+    user.shutdown(socket.SHUT_WR)
+    hall.settle()
+    assert not gone(user)
+    assert hall.poller.fire() == 1
+    assert gone(user)
+    assert hall.poller.fire() == 0
+
+
+def test_a_half_closed_client_stays_while_it_takes_something(hall: Hall) -> None:
+    user = hall.join()
+    user.shutdown(socket.SHUT_WR)
+    for piece in (b"a", b"b", b"c"):
+        hall.write(piece)
+        assert hall.poller.fire() == 1
+        assert hall.read(user) == piece
+    hall.poller.fire()
+    assert gone(user)
+
+
+def test_a_terminal_without_input_stays(hall: Hall) -> None:
+    client, user = hall.connect()
+    client.stays = True
+    user.shutdown(socket.SHUT_WR)
+    hall.settle()
+    assert hall.poller.fire() == 0
+    hall.write(b"still here")
+    assert hall.read(user) == b"still here"
+
+
+def test_a_client_that_reads_no_more_may_still_type(hall: Hall) -> None:
+    user = hall.join()
+    user.shutdown(socket.SHUT_RD)
+    hall.write(b"unread")
+    user.send(b"typed")
+    hall.settle()
+    assert hall.take() == b"typed"
+    assert not hall.port.watchers
+    user.close()
+    hall.settle()
+
+
+def test_a_sink_that_fails_is_logged_and_hurts_nobody_else(hall: Hall) -> None:
+    client, _ = hall.connect(Odd)
+    other = hall.join()
+    assert isinstance(client, Odd)
+    client.error = OSError(errno.ENOSPC, "No space left on device")
+    hall.write(b"data")
+    assert "No space left on device" in hall.log.text
+    assert hall.read(other) == b"data"
+    assert len(hall.port.watchers) == 1
+
+
+def test_every_come_and_go_is_told(hall: Hall) -> None:
+    user = hall.join()
+    assert hall.changes == 1
+    user.close()
+    hall.settle()
+    assert hall.changes == 2
+
+
+def test_closing_lets_everyone_go(hall: Hall) -> None:
+    users = [hall.join() for _ in range(3)]
+    users[1].shutdown(socket.SHUT_WR)
+    users[2].shutdown(socket.SHUT_RD)
+    hall.settle()
+    hall.close()
+    assert [gone(user) for user in users] == [True] * 3
+    assert not hall.port.watchers
+
+
+# Arriving
+
+
+def test_no_room_for_a_client_stops_listening_and_tries_again(hall: Hall) -> None:
+    hall.door.error = OSError(errno.EMFILE, "Too many open files")
+    _, user = hall.connect()
+    assert "Too many open files" in hall.log.text
+    asked = hall.door.asked
+    hall.settle()
+    assert hall.door.asked == asked
+    assert hall.poller.fire() == 1
+    hall.settle()
+    hall.write(b"welcome")
+    assert hall.read(user) == b"welcome"
+
+
+def test_who_was_there_before_is_served_while_there_is_no_room(hall: Hall) -> None:
+    user = hall.join()
+    hall.door.error = OSError(errno.EMFILE, "Too many open files")
+    hall.connect()
+    hall.write(b"served")
+    assert hall.read(user) == b"served"
+
+
+@pytest.fixture
+def real(folder: Path) -> Iterator[tuple[Hall, Callable[[], socket.socket]]]:
+    """Give a hall with a real listener, and a function that connects to it."""
+    path = str(folder / "s")
+    with ExitStack() as ends:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        listener.listen()
+        hall = Hall(ends, unix.endpoint(listener.detach()))
+
+        def call() -> socket.socket:
+            user = ends.enter_context(socket.socket(socket.AF_UNIX))
+            user.connect(path)
+            return user
+
+        yield hall, call
+
+
+def test_who_comes_as_another_leaves_hears_everything(
+    real: tuple[Hall, Callable[[], socket.socket]],
+) -> None:
+    """The newcomer has the descriptors' numbers of the one who left."""
+    hall, call = real
+    user = call()
+    hall.settle()
+    hall.write(b"old")
+    for _ in range(3):
+        user.close()
+        user = call()
+        hall.settle()
+        hall.write(b"new")
+        assert hall.read(user) == b"new"
+
+
+def test_who_comes_as_another_leaves_is_the_first(
+    real: tuple[Hall, Callable[[], socket.socket]],
+) -> None:
+    hall, call = real
+    user = call()
+    hall.settle()
+    user.close()
+    hall.port.output.append(b"unseen")
+    user = call()
+    hall.settle()
+    assert hall.read(user) == b"unseen"
+
+
+# The guest waits
+
+
+def hold(hall: Hall) -> Queue:
+    """Let the guest write until the port holds a buffer."""
+    queue = Queue()
+    for _ in range(20):
+        queue.give(bytes(SIZE // 2))
+        hall.port.take_output(queue, 1)
+        hall.settle()
+        if hall.port.holding:
+            return queue
+    raise AssertionError("the port never holds")
+
+
+def test_the_guest_waits_for_a_reader_once(hall: Hall) -> None:
+    hall.join()
+    queue = hold(hall)
+    assert hall.poller.fire() == 1
+    assert hall.port.stalls == 1
+    queue.give(*[bytes(SIZE // 2)] * 50)
+    while queue.given:
+        hall.port.take_output(queue, 10)
+        hall.settle()
+        assert not hall.port.holding
+    assert hall.port.stalls == 1
+
+
+def test_a_reader_that_reads_on_is_never_stuck(hall: Hall) -> None:
+    user = hall.join()
+    queue = hold(hall)
+    for _ in range(5):
+        before = [timer.due for timer in hall.poller.made]
+        hall.read(user)
+        hall.port.take_output(queue, 1)
+        hall.settle()
+        if not hall.port.holding:
+            queue = hold(hall)
+        assert [timer.due for timer in hall.poller.made] != before
+    assert hall.port.stalls == 0
+
+
+def test_nothing_waits_once_the_buffer_is_taken(hall: Hall) -> None:
+    user = hall.join()
+    queue = hold(hall)
+    hall.read(user)
+    hall.port.take_output(queue, 1)
+    hall.settle()
+    assert hall.poller.fire() == 0
+
+
+def test_a_stuck_reader_leaves_and_the_buffer_is_taken(hall: Hall) -> None:
+    user = hall.join()
+    queue = hold(hall)
+    user.close()
+    hall.settle()
+    assert hall.port.take_output(queue, 1) == 1
