@@ -7,7 +7,6 @@ each queue to what it carries, and gives the loop its three kinds of work.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -66,7 +65,8 @@ class _Log(logging.LoggerAdapter[logging.Logger]):
 class _Queue:
     """One virtqueue: descriptors that outlive a stop, and the ring while it runs.
 
-    `serve` moves buffers and returns how many; `starving` says whether it could use another one.
+    `wanted` is a cheap look at whether there may be work, `serve` does it and returns how many
+    buffers it moved, `starving` says whether another buffer of the guest's would be of use.
     """
 
     def __init__(self, index: int, role: Role) -> None:
@@ -79,6 +79,7 @@ class _Queue:
         self.kick: int | None = None
         self.call: int | None = None
         self.error: int | None = None
+        self.wanted: Callable[[], bool] = _never
         self.serve: Callable[[], int] = _nothing
         self.starving: Callable[[], bool] = _never
 
@@ -89,6 +90,10 @@ def _nothing() -> int:
 
 def _never() -> bool:
     return False
+
+
+def _always() -> bool:
+    return True
 
 
 def _close(fd: int | None) -> None:
@@ -102,8 +107,10 @@ def _notify(fd: int | None) -> None:
     Full means that the other side has not looked yet, broken that it never will: both are its own.
     """
     if fd is not None:
-        with contextlib.suppress(OSError):
+        try:
             os.write(fd, _ONE)
+        except OSError:
+            return
 
 
 class Guest:
@@ -205,6 +212,8 @@ class Guest:
     def _drain(self) -> bool:
         worked = False
         for queue in self._running:
+            if not queue.wanted():
+                continue
             try:
                 count = queue.serve()
             except GuestError as error:
@@ -233,6 +242,8 @@ class Guest:
         progress = False
         for audience in self._audiences:
             progress |= audience.flush()
+        if progress:
+            self._report.changed()  # a gap is found when its reader reads
         if self._ending and not progress and all(a.served for a in self._audiences):
             self._poller.stop()
         return progress
@@ -473,32 +484,34 @@ class Guest:
     def _connect(self, queue: _Queue, ring: SplitQueue) -> None:
         """Say what serving `queue` means, now that it is `enabled` or not."""
         console, (_, port) = self._console, self._console.role(queue.index)
-        audience = self._audiences[self._ports.index(port)]
-        queue.serve, queue.starving = _nothing, _never
+        queue.wanted, queue.serve, queue.starving = _never, _nothing, _never
+        if not queue.enabled:
+            return
         match queue.role:
-            case _ if not queue.enabled:
-                pass
             case Role.OUTPUT:
+                queue.wanted = ring.ready
                 queue.serve = partial(port.take_output, ring, _BUDGET)
                 queue.starving = lambda: not port.holding
             case Role.INPUT:
+                audience = self._audiences[self._ports.index(port)]
 
                 def give() -> int:
-                    if not len(port.input) or not console.takes_input(port):
-                        return 0
                     given = port.give_input(ring, _BUDGET)
                     if given:
                         audience.resume()
                     return given
 
+                queue.wanted = queue.starving = lambda: (
+                    len(port.input) > 0 and console.takes_input(port)
+                )
                 queue.serve = give
-                queue.starving = lambda: len(port.input) > 0 and console.takes_input(port)
             case Role.CONTROL_TO_GUEST:
+                queue.wanted = queue.starving = lambda: bool(console.control.replies)
                 queue.serve = partial(console.speak, ring, _BUDGET)
-                queue.starving = lambda: bool(console.control.replies)
             case Role.CONTROL_FROM_GUEST:
+                queue.wanted = ring.ready
                 queue.serve = partial(console.hear, ring, _BUDGET)
-                queue.starving = lambda: True
+                queue.starving = _always
 
     def _enable(self, queue: _Queue, enabled: bool) -> None:
         ring = queue.ring
@@ -510,8 +523,9 @@ class Guest:
         self._connect(queue, ring)
         if not enabled and queue.role is Role.OUTPUT:
             _, port = self._console.role(queue.index)
+            queue.wanted = ring.ready
             queue.serve = partial(port.discard_output, ring, _BUDGET)
-            queue.starving = lambda: True
+            queue.starving = _always
 
     def _stop(self, queue: _Queue) -> int:
         self._halt(queue)
@@ -523,10 +537,10 @@ class Guest:
         if queue.ring is None:
             return
         if queue.role is Role.OUTPUT:
-            self._console.role(queue.index)[1].forget_held()
+            self._console.role(queue.index)[1].holding = False
         queue.base = queue.ring.index
         queue.ring = None
-        queue.serve, queue.starving = _nothing, _never
+        queue.wanted, queue.serve, queue.starving = _never, _nothing, _never
         self._running.remove(queue)
 
     def _watch_kick(self, queue: _Queue, fd: int | None) -> None:

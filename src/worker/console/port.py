@@ -27,6 +27,9 @@ class Queue(Protocol):
     def pop(self) -> Chain | None:
         """Return the guest's next buffer, None when there is none; may raise GuestError."""
 
+    def unpop(self) -> None:
+        """Put the buffer popped last back."""
+
     def push(self, head: int, written: int) -> None:
         """Complete the oldest buffer popped."""
 
@@ -40,6 +43,7 @@ class Watcher(Reader):
 class Port:
     """One port of the console: `opened` says whether a program in the guest has it open.
 
+    `holding` says that a buffer of the guest's waits until the holder has read on.
     `size` is that of the terminal at the port, in columns and rows, (0, 0) where it is not known.
     Counters are in bytes: `discarded` what the guest wrote to a disabled queue, `missed` what
     readers that are gone were skipped over; `stalls` counts readers found stuck.
@@ -54,22 +58,17 @@ class Port:
         self.output = output
         self.input = input_
         self.opened = False
+        self.holding = False
         self.watchers: list[Watcher] = []
         self.size = (0, 0)
         self.discarded = 0
         self.stalls = 0
         self._missed = 0
-        self._held: Chain | None = None
 
     @property
     def missed(self) -> int:
         """Bytes that some reader was skipped over, each gap counted for everyone who met it."""
         return self._missed + sum(watcher.missed for watcher in self.watchers)
-
-    @property
-    def holding(self) -> bool:
-        """Whether a buffer of the guest's is kept until the holder has read on."""
-        return self._held is not None
 
     def attach(self) -> Watcher:
         """Return a new reader: what nobody has seen yet is the first one's, others join live."""
@@ -111,29 +110,26 @@ class Port:
     def take_output(self, queue: Queue, most: int) -> int:
         """Move up to `most` buffers of the guest's into the journal; return how many.
 
-        They are pushed, not yet published. Stops early, with the buffer `holding`, when the
-        journal has no room that the holder can spare. Raises GuestError as `queue` does.
+        They are pushed, not yet published. Stops early, `holding`, when the journal has no room
+        for the next one that the holder can spare. Raises GuestError as `queue` does.
         """
-        chain = self._held or queue.pop()
-        if chain is None:
-            return 0
         output = self.output
         holder = self.holder
         limit = None if holder is None else holder.offset + output.size
+        self.holding = False
         taken = 0
         try:
-            while chain is not None:
+            while taken < most and (chain := queue.pop()) is not None:
                 if limit is not None and output.head + chain.size > limit:
+                    queue.unpop()
+                    self.holding = True
                     break
                 for span in chain.spans:
                     output.append(span)
                 queue.push(chain.head, 0)
                 taken += 1
-                # The next one is not looked at once the budget is spent: it may be an error.
-                chain = queue.pop() if taken < most else None
         finally:
             output.commit()
-        self._held = chain
         return taken
 
     def discard_output(self, queue: Queue, most: int) -> int:
@@ -144,10 +140,6 @@ class Port:
             queue.push(chain.head, 0)
             taken += 1
         return taken
-
-    def forget_held(self) -> None:
-        """Let go of a kept buffer: its queue stops, and starts again with it."""
-        self._held = None
 
     def give_input(self, queue: Queue, most: int) -> int:
         """Move waiting input into up to `most` buffers of the guest's; return how many.

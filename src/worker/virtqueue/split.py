@@ -164,6 +164,10 @@ class SplitQueue:
             if index >= entries:
                 raise GuestError(f"a descriptor names {index} of {entries} as its next")
 
+    def unpop(self) -> None:
+        """Put the chain popped last back; nothing may have been pushed since."""
+        self._next = (self._next - 1) & _INDEX
+
     def push(self, head: int, written: int) -> None:
         """Complete the oldest popped chain, `head`, with `written` bytes; not visible yet."""
         self._elements[self._pushed % self.size] = head | written << 32
