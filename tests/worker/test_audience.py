@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from vhost_device_console import journal
+from vhost_device_console.journal import Input, Output
 from vhost_device_console.worker.audience import Audience
 from vhost_device_console.worker.backends import unix
 from vhost_device_console.worker.backends.base import Client, Endpoint
@@ -146,12 +146,10 @@ class Hall:
     """One port with its audience."""
 
     def __init__(self, ends: ExitStack, endpoint: Endpoint | None = None) -> None:
-        fd = journal.create("test-journal", [(SIZE, SIZE)])
-        made = journal.Journal(fd)
-        os.close(fd)
+        output, input_ = (memoryview(bytearray(SIZE)) for _ in range(2))
+        words = memoryview(bytearray(64)).cast("Q")
         self.ends = ends
-        ends.callback(self.__dict__.clear)  # or the journal stays mapped
-        self.port = Port(0, "console0", True, made.outputs[0], made.inputs[0])
+        self.port = Port(0, "console0", True, Output(output, words, 0), Input(input_, words, 0))
         self.poller = Stepped()
         ends.callback(self.poller.close)
         self.door = Door()

@@ -1,0 +1,380 @@
+"""A port: output into the journal, readers and who of them is waited for, input out of it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from vhost_device_console.errors import GuestError
+from vhost_device_console.worker.console.port import Port, Watcher
+
+from .conftest import SIZE, Queue
+
+MANY = 64
+
+
+def write(port: Port, queue: Queue, *data: bytes) -> int:
+    """Let the guest write; return how many buffers were taken."""
+    for piece in data:
+        queue.write(piece)
+    return port.take_output(queue, MANY)
+
+
+def read(port: Port, watcher: Watcher) -> bytes:
+    """Let a reader take all it can."""
+    watcher.skip_lost()
+    got = b""
+    while span := bytes(watcher.span()):
+        got += span
+        port.took(watcher, len(span))
+    return got
+
+
+# Output
+
+
+def test_output_is_in_the_journal_and_its_buffer_returned_at_once(port: Port, queue: Queue) -> None:
+    assert write(port, queue, b"hello") == 1
+    assert queue.used == [(0, 0)]
+    assert port.output.span(0) == b"hello"
+
+
+def test_nobody_watching_holds_nothing(port: Port, queue: Queue) -> None:
+    for _ in range(100):
+        assert write(port, queue, bytes(SIZE // 2)) == 1
+    assert not port.holding
+    assert port.output.head == 50 * SIZE
+
+
+def test_the_oldest_output_gives_way(port: Port, queue: Queue) -> None:
+    write(port, queue, b"old", bytes(SIZE - 3), b"new")
+    watcher = port.attach()
+    assert watcher.skip_lost() == 3
+    assert read(port, watcher)[-3:] == b"new"
+
+
+def test_scattered_output_is_one_stream(port: Port, queue: Queue) -> None:
+    queue.write(b"a", b"", b"bc", b"def")
+    queue.write(b"ghi")
+    assert port.take_output(queue, MANY) == 2
+    assert port.output.span(0) == b"abcdefghi"
+
+
+@pytest.mark.parametrize("data", [(), (b"",), (b"", b"")])
+def test_zero_length_output_is_returned(port: Port, queue: Queue, data: tuple[bytes, ...]) -> None:
+    queue.write(*data)
+    assert port.take_output(queue, MANY) == 1
+    assert (queue.used, port.output.head) == ([(0, 0)], 0)
+
+
+def test_a_buffer_as_large_as_the_journal_is_taken(port: Port, queue: Queue) -> None:
+    port.attach()
+    data = os.urandom(SIZE)
+    assert write(port, queue, data) == 1
+    assert port.output.span(0) == data
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_no_more_is_taken_than_the_budget(port: Port, queue: Queue, most: int) -> None:
+    for _ in range(5):
+        queue.write(b"x")
+    assert port.take_output(queue, most) == most
+    assert len(queue.given) == 5 - most
+
+
+def test_no_buffer_is_looked_at_past_the_budget(port: Port, queue: Queue) -> None:
+    queue.write(b"x")
+    queue.mistake()
+    assert port.take_output(queue, 1) == 1
+
+
+def test_output_before_a_mistake_counts(port: Port, queue: Queue) -> None:
+    queue.write(b"good")
+    queue.mistake()
+    with pytest.raises(GuestError):
+        port.take_output(queue, MANY)
+    assert queue.used == [(0, 0)]
+    assert port.output.span(0) == b"good"
+    assert not port.holding
+
+
+def test_a_disabled_queues_output_is_counted_and_returned(port: Port, queue: Queue) -> None:
+    queue.write(b"abc", b"de")
+    queue.write(b"f")
+    assert port.discard_output(queue, 1) == 1
+    assert port.discard_output(queue, MANY) == 1
+    assert (port.discarded, port.output.head) == (6, 0)
+    assert queue.used == [(0, 0), (1, 0)]
+
+
+# Readers
+
+
+def test_the_first_reader_gets_what_nobody_has_seen(port: Port, queue: Queue) -> None:
+    write(port, queue, b"boot")
+    assert read(port, port.attach()) == b"boot"
+
+
+def test_others_join_live(port: Port, queue: Queue) -> None:
+    write(port, queue, b"boot")
+    port.attach()
+    second = port.attach()
+    write(port, queue, b"live")
+    assert read(port, second) == b"live"
+
+
+def test_what_was_seen_is_not_replayed(port: Port, queue: Queue) -> None:
+    write(port, queue, b"seen")
+    watcher = port.attach()
+    read(port, watcher)
+    port.detach(watcher, 0)
+    write(port, queue, b"unseen")
+    assert read(port, port.attach()) == b"unseen"
+
+
+def test_what_a_reader_left_untaken_is_the_next_ones(port: Port, queue: Queue) -> None:
+    write(port, queue, b"taken, left")
+    watcher = port.attach()
+    port.took(watcher, 7)
+    port.detach(watcher, 0)
+    assert read(port, port.attach()) == b"left"
+
+
+def test_what_did_not_arrive_is_the_next_ones(port: Port, queue: Queue) -> None:
+    write(port, queue, b"arrived, lost")
+    watcher = port.attach()
+    read(port, watcher)
+    port.detach(watcher, 4)
+    assert read(port, port.attach()) == b"lost"
+
+
+def test_what_did_not_arrive_but_another_saw_is_not_replayed(port: Port, queue: Queue) -> None:
+    first, second = port.attach(), port.attach()
+    write(port, queue, b"data")
+    assert read(port, first) == read(port, second) == b"data"
+    port.detach(first, 4)
+    port.detach(second, 0)
+    assert port.output.seen == 4
+
+
+def test_what_another_saw_in_part_is_replayed_from_there(port: Port, queue: Queue) -> None:
+    first, second = port.attach(), port.attach()
+    write(port, queue, b"123456")
+    read(port, first)
+    port.took(second, 2)
+    port.detach(first, 6)
+    assert port.output.seen == 2
+
+
+def test_a_slower_readers_loss_replays_nothing(port: Port, queue: Queue) -> None:
+    first, second = port.attach(), port.attach()
+    write(port, queue, b"123456")
+    read(port, first)
+    port.took(second, 2)
+    port.detach(second, 2)
+    assert port.output.seen == 6
+
+
+def test_no_more_than_everything_is_replayed(port: Port, queue: Queue) -> None:
+    write(port, queue, b"data")
+    watcher = port.attach()
+    read(port, watcher)
+    port.detach(watcher, 1000)
+    assert read(port, port.attach()) == b"data"
+
+
+def test_each_gap_is_counted_for_everyone_who_met_it(port: Port, queue: Queue) -> None:
+    first, second = port.attach(), port.attach()
+    port.stall()
+    port.stall()
+    write(port, queue, bytes(SIZE), bytes(10))
+    first.skip_lost()
+    assert port.missed == 10
+    second.skip_lost()
+    assert port.missed == 20
+    port.detach(first, 0)
+    assert port.missed == 20
+
+
+# Who is waited for
+
+
+def fill(port: Port, queue: Queue) -> None:
+    """Fill the journal and let the guest write a bit more."""
+    write(port, queue, bytes(SIZE))
+    write(port, queue, b"more")
+
+
+def test_a_full_journal_holds_the_guest_for_a_reader(port: Port, queue: Queue) -> None:
+    port.attach()
+    fill(port, queue)
+    assert port.holding
+    assert len(queue.used) == 1
+
+
+def test_what_is_held_goes_on_when_the_reader_does(port: Port, queue: Queue) -> None:
+    watcher = port.attach()
+    fill(port, queue)
+    port.took(watcher, 3)
+    assert port.take_output(queue, MANY) == 0
+    assert port.holding
+    port.took(watcher, 1)
+    assert port.take_output(queue, MANY) == 1
+    assert not port.holding
+    assert read(port, watcher)[-4:] == b"more"
+    assert watcher.missed == 0
+
+
+def test_what_is_held_keeps_its_order(port: Port, queue: Queue) -> None:
+    watcher = port.attach()
+    fill(port, queue)
+    queue.write(b"after")
+    port.take_output(queue, MANY)
+    got = read(port, watcher)
+    port.take_output(queue, MANY)
+    assert (got + read(port, watcher))[SIZE:] == b"moreafter"
+    assert queue.used == [(0, 0), (1, 0), (2, 0)]
+
+
+def test_a_stuck_reader_holds_nothing(port: Port, queue: Queue) -> None:
+    watcher = port.attach()
+    fill(port, queue)
+    port.stall()
+    assert (watcher.stuck, port.stalls) == (True, 1)
+    assert port.take_output(queue, MANY) == 1
+    for _ in range(5):
+        assert write(port, queue, bytes(SIZE)) == 1
+    assert watcher.skip_lost() == 4 * SIZE + SIZE + 4
+
+
+def test_a_stuck_reader_that_takes_a_little_is_still_stuck(port: Port, queue: Queue) -> None:
+    watcher = port.attach()
+    fill(port, queue)
+    port.stall()
+    port.took(watcher, SIZE - 1)
+    assert watcher.stuck
+
+
+def test_a_stuck_reader_that_has_caught_up_is_waited_for_again(port: Port, queue: Queue) -> None:
+    watcher = port.attach()
+    fill(port, queue)
+    port.stall()
+    port.take_output(queue, MANY)
+    read(port, watcher)
+    assert not watcher.stuck
+    fill(port, queue)
+    assert port.holding
+
+
+def test_only_the_oldest_reader_is_waited_for(port: Port, queue: Queue) -> None:
+    first, _second = port.attach(), port.attach()
+    for _ in range(5):
+        assert write(port, queue, bytes(SIZE)) == 1
+        read(port, first)
+    assert not port.holding
+
+
+def test_after_a_stuck_one_the_next_oldest_is_waited_for(port: Port, queue: Queue) -> None:
+    first, second = port.attach(), port.attach()
+    assert port.holder is first
+    port.stall()
+    assert port.holder is second
+    fill(port, queue)
+    assert port.holding
+    read(port, second)
+    assert port.take_output(queue, MANY) == 1
+
+
+def test_after_one_that_left_the_next_oldest_is_waited_for(port: Port) -> None:
+    first, second = port.attach(), port.attach()
+    port.detach(first, 0)
+    assert port.holder is second
+
+
+def test_when_the_last_reader_leaves_the_guest_goes_on(port: Port, queue: Queue) -> None:
+    watcher = port.attach()
+    fill(port, queue)
+    port.detach(watcher, 0)
+    assert port.take_output(queue, MANY) == 1
+    assert not port.holding
+
+
+def test_nobody_can_be_stuck_where_nobody_is(port: Port) -> None:
+    port.stall()
+    assert port.stalls == 0
+
+
+# Input
+
+
+def feed(port: Port, data: bytes) -> None:
+    room = port.input.room()
+    assert len(data) <= len(room)
+    room[: len(data)] = data
+    port.input.fed(len(data))
+
+
+def test_input_fills_the_guests_buffer(port: Port, queue: Queue) -> None:
+    feed(port, b"typed")
+    (room,) = queue.room(16)
+    assert port.give_input(queue, MANY) == 1
+    assert (queue.used, room) == ([(0, 5)], b"typed" + bytes(11))
+    assert len(port.input) == 0
+
+
+def test_input_fills_scattered_buffers_exactly(port: Port, queue: Queue) -> None:
+    feed(port, b"0123456789")
+    rooms = [*queue.room(3, 1), *queue.room(0, 2, 0), *queue.room(100)]
+    assert port.give_input(queue, MANY) == 3
+    assert queue.used == [(0, 4), (1, 2), (2, 4)]
+    assert b"".join(rooms)[:10] == b"0123456789"
+
+
+def test_input_around_the_rings_end_is_whole(port: Port, queue: Queue) -> None:
+    feed(port, bytes(SIZE - 3))
+    port.input.consume(SIZE - 3)
+    feed(port, b"012")
+    feed(port, b"3456")
+    (room,) = queue.room(7)
+    port.give_input(queue, MANY)
+    assert (queue.used, room) == ([(0, 7)], b"0123456")
+
+
+def test_input_waits_for_buffers(port: Port, queue: Queue) -> None:
+    feed(port, b"waiting")
+    queue.room(3)
+    assert port.give_input(queue, MANY) == 1
+    assert bytes(port.input.span()) == b"ting"
+
+
+def test_without_input_no_buffer_is_taken(port: Port, queue: Queue) -> None:
+    queue.room(16)
+    assert port.give_input(queue, MANY) == 0
+    assert len(queue.given) == 1
+
+
+def test_zero_length_buffers_are_returned_and_take_nothing(port: Port, queue: Queue) -> None:
+    feed(port, b"x")
+    queue.room(0)
+    queue.room()
+    (room,) = queue.room(1)
+    assert port.give_input(queue, MANY) == 3
+    assert (queue.used, room) == ([(0, 0), (1, 0), (2, 1)], b"x")
+
+
+def test_no_more_is_given_than_the_budget(port: Port, queue: Queue) -> None:
+    feed(port, b"abc")
+    for _ in range(3):
+        queue.room(1)
+    assert port.give_input(queue, 2) == 2
+    assert len(port.input) == 1
+
+
+def test_input_before_a_mistake_counts(port: Port, queue: Queue) -> None:
+    feed(port, b"abc")
+    (room,) = queue.room(2)
+    queue.mistake()
+    with pytest.raises(GuestError):
+        port.give_input(queue, MANY)
+    assert (queue.used, room) == ([(0, 2)], b"ab")
+    assert bytes(port.input.span()) == b"c"
