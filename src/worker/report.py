@@ -30,6 +30,7 @@ class Report:
     def send(self) -> None:
         """Send a record now; if the master is behind, later."""
         self._timer.stop()
+        begun = bool(self._rest)
         frame = self._rest or encode(self._collect())
         try:
             sent = os.write(self._fd, frame)
@@ -38,8 +39,8 @@ class Report:
         except BrokenPipeError:
             return  # the master is gone; the loop notices by itself
         # A record that was begun must be finished before a newer one makes sense.
-        self._rest = frame[sent:] if sent or self._rest else b""
-        if sent < len(frame):
+        self._rest = frame[sent:] if sent or begun else b""
+        if sent < len(frame) or begun:
             self._timer.start(_DELAY_S)
 
     def close(self) -> None:
