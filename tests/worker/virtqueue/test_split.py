@@ -308,6 +308,35 @@ def test_the_index_counts_what_was_published(ring: MakeRing) -> None:
     assert r.queue.index == 1
 
 
+def test_a_chain_put_back_is_the_next_one_again(ring: MakeRing) -> None:
+    r = ring(start=65535)
+    r.give(b"a", b"b")
+    r.done()
+    first = r.pop()
+    r.queue.unpop()
+    assert r.queue.ready()
+    again = r.pop()
+    assert (again.head, data_of(again)) == (first.head, b"b")
+
+
+def test_a_chain_put_back_is_not_done(ring: MakeRing) -> None:
+    r = ring()
+    r.give(b"a")
+    r.pop()
+    r.queue.unpop()
+    assert not r.queue.publish()
+    assert r.queue.index == 0
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_a_chain_put_back_is_no_reason_to_sleep(ring: MakeRing, event_idx: bool) -> None:
+    r = ring(event_idx=event_idx)
+    r.give(b"a")
+    r.pop()
+    r.queue.unpop()
+    assert r.queue.want_kicks()
+
+
 # Notifications
 
 
