@@ -231,7 +231,9 @@ class Audience:
         self._poller.forget(seat.client.writes)
         self._port.detach(seat.watcher, seat.client.undelivered())
         seat.watcher = None
-        if not seat.typing:
+        if seat.typing:
+            self._changed()
+        else:
             self._leave(seat)
 
     # The guest waits
