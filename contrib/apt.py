@@ -40,10 +40,12 @@ class Apt:
         folder = BUILD / "apt" / (suite or "own")
         for made in ("lists/partial", "cache/archives/partial", "debs"):
             (folder / made).mkdir(parents=True, exist_ok=True)
+        (folder / "status").touch()  # what is installed here does not matter
         self._debs = folder / "debs"
         self._program = os.environ.get("VDC_APT", "apt-get")
         self._options = [
             f"-oDir::State::lists={folder / 'lists'}",
+            f"-oDir::State::status={folder / 'status'}",
             f"-oDir::Cache={folder / 'cache'}",
             "-oAcquire::Languages=none",
             "-oAcquire::Check-Valid-Until=false",  # an old archive's signatures still hold

@@ -69,7 +69,9 @@ def test_8_guests_on_one_daemon_each_have_their_own_traffic(
         boot(uml.KERNELS[index % len(uml.KERNELS)], socket)
     for index, console in enumerate(consoles):
         console.until(PROMPT)
-        console.send(b"stty raw; i=%d; echo 'be''gin'; seq 5000 | sed s,^,$i-,\n" % index)
+        console.send(
+            b"stty raw; i=%d; echo 'be''gin'; seq 5000 | sed s,^,$i-, > f; cat f\n" % index
+        )
     for index, console in enumerate(consoles):
         console.until(rb"begin\n")
         expected = b"".join(b"%d-%d\n" % (index, number) for number in range(1, 5001))

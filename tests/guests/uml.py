@@ -88,7 +88,10 @@ class Guest:
 
 
 class Console:
-    """A person at a guest's console, on one descriptor or one for each direction (not owned)."""
+    """A person at a guest's console, on one descriptor or one for each direction (not owned).
+
+    Nothing may stand still for WITHIN seconds; how long it all takes is the machine's affair.
+    """
 
     def __init__(self, reads: int, writes: int | None = None) -> None:
         self._reads = reads
@@ -98,47 +101,43 @@ class Console:
         os.set_blocking(self._reads, False)
         os.set_blocking(self._writes, False)
 
-    def _exchange(self, deadline: float, what: str) -> None:
+    def _exchange(self, within: float, what: str) -> None:
         """Send and receive what is possible, at least one byte of either."""
         wanted = [self._writes] if self._unsent else []
-        left = max(0.0, deadline - time.monotonic())
-        readable, writable, _ = select.select([self._reads], wanted, [], left)
+        readable, writable, _ = select.select([self._reads], wanted, [], max(0.0, within))
         if not readable and not writable:
-            raise TimeoutError(f"{what} after {bytes(self._unread[-2000:])!r}")
+            raise TimeoutError(f"{what} after {bytes(self._unread[-500:])!r}")
         if writable:
             del self._unsent[: os.write(self._writes, self._unsent[: 1 << 16])]
         if readable:
             data = os.read(self._reads, 1 << 16)
             if not data:
-                raise EOFError(f"{what} in {bytes(self._unread[-2000:])!r}")
+                raise EOFError(f"{what} in {bytes(self._unread[-500:])!r}")
             self._unread += data
 
-    def until(self, pattern: bytes, within: float = WITHIN) -> bytes:
+    def until(self, pattern: bytes) -> bytes:
         """Read to the end of the first `pattern`, and return what came before it."""
-        deadline = time.monotonic() + within
         looked = 0
         while not (match := re.compile(pattern).search(self._unread, looked)):
             looked = max(0, len(self._unread) - 256)  # longer than any pattern's match
-            self._exchange(deadline, f"no {pattern!r}")
+            self._exchange(WITHIN, f"no {pattern!r}")
         before = bytes(self._unread[: match.start()])
         del self._unread[: match.end()]
         return before
 
-    def take(self, count: int, within: float = WITHIN) -> bytes:
+    def take(self, count: int) -> bytes:
         """Return the next `count` bytes."""
-        deadline = time.monotonic() + within
         while len(self._unread) < count:
-            self._exchange(deadline, f"{len(self._unread)} bytes, not {count}")
+            self._exchange(WITHIN, f"{len(self._unread)} bytes, not {count}")
         taken = bytes(self._unread[:count])
         del self._unread[:count]
         return taken
 
-    def send(self, data: bytes, within: float = WITHIN) -> None:
+    def send(self, data: bytes) -> None:
         """Send `data`, reading meanwhile: an echo nobody reads would stop the guest's input."""
         self._unsent += data
-        deadline = time.monotonic() + within
         while self._unsent:
-            self._exchange(deadline, f"{len(self._unsent)} bytes not taken")
+            self._exchange(WITHIN, f"{len(self._unsent)} bytes not taken")
 
     def type(self, line: bytes, gap: float) -> None:
         """Send `line` like a typist, one character each `gap` seconds."""
@@ -147,14 +146,14 @@ class Console:
             pause = time.monotonic() + gap
             with suppress(TimeoutError):
                 while True:
-                    self._exchange(pause, "")
+                    self._exchange(pause - time.monotonic(), "typing")
 
-    def run(self, command: bytes, within: float = WITHIN) -> bytes:
+    def run(self, command: bytes) -> bytes:
         """Run a shell command at the prompt and return its output; it must succeed."""
         # The quotes keep the marks out of the command's echo.
         self.send(b"echo 'be''gin'; " + command + b"; echo 'en''d' $?\n")
         self.until(rb"begin\r?\n")
-        output = self.until(rb"end 0\r?\n", within)
+        output = self.until(rb"end 0\r?\n")
         self.until(PROMPT)
         return output
 
