@@ -201,7 +201,8 @@ class Poller:
 def drain_fd(fd: int) -> None:
     """Take what makes a notification fd readable: an eventfd's count, a socket's or pipe's bytes.
 
-    One read is enough for an eventfd; whatever else is in a socket wakes the loop once more.
+    One read is enough for an eventfd; whatever else is in a socket wakes the loop once more. One
+    that is broken, or no such fd at all, has nothing to take.
     """
-    with contextlib.suppress(BlockingIOError, InterruptedError):
+    with contextlib.suppress(OSError):
         os.read(fd, 4096)

@@ -515,3 +515,18 @@ def test_a_socket_is_drained(pair: tuple[socket.socket, ...]) -> None:
     drain_fd(one.fileno())
     with pytest.raises(BlockingIOError):
         one.recv(1)
+
+
+def test_a_socket_that_was_reset_has_nothing(pair: tuple[socket.socket, ...]) -> None:
+    one, other = pair
+    one.send(b"unread")
+    other.close()
+    drain_fd(one.fileno())
+    assert one.recv(1) == b""  # the reset was taken
+
+
+def test_what_cannot_be_read_has_nothing() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    drain_fd(write)
+    os.close(write)
