@@ -165,7 +165,7 @@ class Hall:
             endpoint or self.door,
             self.poller,
             200,
-            logger,
+            logging.LoggerAdapter(logger, {}),
             self.changed,
         )
         ends.callback(self.close)

@@ -19,7 +19,7 @@ class Broken(socket.socket):
 
     error = errno.EIO
 
-    def recv_into(self, *_: object) -> NoReturn:  # type: ignore[override]
+    def recv_into(self, *_: object) -> NoReturn:
         raise OSError(self.error, os.strerror(self.error))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vhost_device_console.worker.backends.base import Endpoint
 from vhost_device_console.worker.backends.terminal import Terminal
 
 Wait = Callable[..., int]
@@ -229,7 +230,8 @@ def test_without_a_terminal_there_is_no_size(desk: Desk) -> None:
 
 def test_the_terminal_arrives_once(desk: Desk) -> None:
     terminal = desk.terminal(*desk.pipe())
-    assert terminal.fileno() is None
+    endpoint: Endpoint = terminal
+    assert endpoint.fileno() is None
     assert terminal.accept() is terminal
     assert terminal.accept() is None
     assert terminal.stays
