@@ -444,7 +444,7 @@ class Guest:
                 continue
             self._halt(queue)
             try:
-                self._begin(queue, place)
+                self._begin(queue, place._replace(enabled=queue.enabled))
             except RefusedError:
                 lost.append(queue.index)
         if lost:
