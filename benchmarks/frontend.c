@@ -183,6 +183,13 @@ static bool queue_get(struct queue *q, uint16_t *id, uint32_t *len) {
     return true;
 }
 
+/* Gives up, and leaves what is needed to tell whose wake-up was lost. */
+static void queue_hangs(struct queue *q, const char *what, uint64_t bytes) {
+    fail("%s stops after %lu bytes: available %u, used %u, seen %u; kick wanted at %u, call at %u",
+         what, (unsigned long)bytes, q->next_avail, atomic_load(&q->used->idx), q->last_used,
+         atomic_load(&q->used->avail_event), atomic_load(&q->avail->used_event));
+}
+
 static void queue_take_calls(struct queue *q) {
     uint64_t calls;
     if (read(q->call, &calls, 8) == 8) q->calls += calls;
@@ -654,7 +661,7 @@ static void write_for(struct guest *g, struct stream *reader, const struct optio
             progress_at = now();
         }
         if (now() > progress_at + PATIENCE)
-            fail("the device stopped taking output after %lu bytes", (unsigned long)position);
+            queue_hangs(q, "output", position);
         if (free_count && now() < until) {
             id = free_ids[--free_count];
             memcpy(buffer_of(g, &q->desc[id]), pattern_at(position), o->size);
@@ -702,7 +709,7 @@ static void read_for(struct guest *g, struct stream *writer, double seconds) {
     while (position < writer->end) {
         if (!queue_get(q, &id, &len)) {
             if (now() > progress_at + PATIENCE)
-                fail("input stalled after %lu bytes", (unsigned long)position);
+                queue_hangs(q, "input", position);
             queue_sleep(q, now() + SECOND / 10);
             continue;
         }
