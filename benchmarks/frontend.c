@@ -445,8 +445,8 @@ static void meet(struct guest *g, int client) {
     char byte = 0;
     *(char *)buffer_of(g, &g->queues[TX].desc[0]) = 'R';
     transmit_and_spin(g, 0, 1);
-    if (recv(client, &byte, 1, 0) != 1 || byte != 'R')
-        fail("the client does not get what the guest writes");
+    if (recv(client, &byte, 1, 0) != 1) fail("the client gets nothing of what the guest writes");
+    if (byte != 'R') fail("the client gets byte %d instead of what the guest writes", byte);
 }
 
 /* One end of a stream of pattern bytes, run as a thread of its own. */
