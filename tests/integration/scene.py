@@ -118,12 +118,13 @@ def call(daemon: Daemon, guest: int = 0, *, receive_buffer: int | None = None) -
     return peer
 
 
-def attach(daemon: Daemon, guest: int = 0, *, receive_buffer: int | None = None) -> socket.socket:
-    """Return a connection to a guest's console that is its port's newest reader."""
-    before = port_of(daemon, guest)["readers"]
+def attach(
+    daemon: Daemon, guest: int = 0, *, readers: int = 1, receive_buffer: int | None = None
+) -> socket.socket:
+    """Return a connection to a guest's console, with which its port has so many readers."""
     peer = call(daemon, guest, receive_buffer=receive_buffer)
     try:
-        wait_port(daemon, guest, readers=before + 1)
+        wait_port(daemon, guest, readers=readers)
     except BaseException:
         peer.close()
         raise
@@ -211,9 +212,11 @@ class Pair:
         """Check that whatever was done to the first guest's worker has left no trace."""
         assert self.daemon.workers()[0] == self.worker
         wait_footprint(self.worker, self.held)
+        wait_port(self.daemon, readers=0)
         with boot(self.daemon) as console, attach(self.daemon) as peer:
             converse(console, peer)
         wait_footprint(self.worker, self.held)
+        wait_port(self.daemon, readers=0)
         converse(self.bystander, self.peer)
         assert_no_fault(self.daemon)
 

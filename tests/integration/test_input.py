@@ -195,7 +195,7 @@ def test_every_byte_value(daemon: StartDaemon) -> None:
 def test_several_clients_type(daemon: StartDaemon) -> None:
     """What any of several clients types reaches the guest."""
     running = daemon()
-    with boot(running) as console, attach(running) as one, attach(running) as two:
+    with boot(running) as console, attach(running) as one, attach(running, readers=2) as two:
         one.sendall(b"1" * 5000)
         two.sendall(b"2" * 5000)
         got = console.read(10_000)
@@ -287,7 +287,7 @@ def test_worker_sleeps_while_input_has_no_room(daemon: StartDaemon) -> None:
     """Clients that wait, also those that hung up, cost no time."""
     running = daemon("unix")
     (worker,) = running.workers()
-    with attach(running) as peer, attach(running) as gone:
+    with attach(running) as peer, attach(running, readers=2) as gone:
         peer.setblocking(False)
         while select.select([], [peer], [], 0.2)[1]:
             peer.send(bytes(KIB64))

@@ -154,7 +154,7 @@ def test_watchers_see_the_same(daemon: StartDaemon) -> None:
     """Two watchers get the same live bytes."""
     running = daemon()
     data = noise(2 * MIB)
-    with boot(running) as console, attach(running) as one, attach(running) as two:
+    with boot(running) as console, attach(running) as one, attach(running, readers=2) as two:
         readers = [Hasher(peer, len(data)) for peer in (one, two)]
         console.write(data, depth=16)
         wanted = hashlib.sha256(data).hexdigest()
@@ -167,7 +167,7 @@ def test_late_watcher_joins_live(daemon: StartDaemon) -> None:
     with boot(running) as console, attach(running) as first:
         console.write(b"before")
         assert exactly(first, 6) == b"before"
-        with attach(running) as second:
+        with attach(running, readers=2) as second:
             console.write(b"after")
             assert exactly(second, 5) == b"after"
 
@@ -229,7 +229,7 @@ def test_stuck_reader_delays_the_guest_once(daemon: StartDaemon) -> None:
     running = daemon()
     data = noise(8 * MIB)
     with boot(running) as console, attach(running, receive_buffer=4096) as stuck:
-        with attach(running) as peer:
+        with attach(running, readers=2) as peer:
             reader = Hasher(peer, len(data))
             began = time.monotonic()
             console.write(data, depth=8, timeout=WITHIN)
