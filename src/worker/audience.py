@@ -231,10 +231,12 @@ class Audience:
         self._poller.forget(seat.client.writes)
         self._port.detach(seat.watcher, seat.client.undelivered())
         seat.watcher = None
-        if seat.typing:
-            self._changed()
-        else:
+        if not seat.typing:
             self._leave(seat)
+        elif seat.client.stays:  # as long as there is output, that is, not for typing alone
+            self._ended(seat)
+        else:
+            self._changed()
 
     # The guest waits
 

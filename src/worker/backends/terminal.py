@@ -130,7 +130,8 @@ class Terminal:
         return 0
 
     def close(self) -> None:
-        """Give the terminal back as it was. Idempotent."""
+        """Give the terminal back as it was, and leave: nobody else ever comes. Idempotent."""
+        self._leave()
         if self._cooked is not None:
             with contextlib.suppress(termios.error):  # the terminal itself is gone
                 termios.tcsetattr(self._stdin, termios.TCSADRAIN, self._cooked)
