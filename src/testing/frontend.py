@@ -122,7 +122,8 @@ class Frontend:
     def send_raw(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Send bytes as they are, with descriptors on the first of them."""
         sent = socket.send_fds(self.socket, [data], list(fds)) if fds else 0
-        self.socket.sendall(data[sent:])
+        if sent < len(data):
+            self.socket.sendall(data[sent:])
 
     def recv_raw(self, count: int = 1 << 16, *, what: str = "bytes") -> tuple[bytes, list[int]]:
         """Return what the backend sent, at most `count` bytes, b"" at its hang-up, and descriptors.

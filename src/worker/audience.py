@@ -81,6 +81,8 @@ class Audience:
         for seat in [*self._seats]:
             if seat.typing and seat.polled and not seat.paused:
                 self._read(seat)
+            if seat.watcher is not None and self._poller.hung(seat.client.writes):
+                self._deafen(seat)
         try:
             while (client := self._endpoint.accept()) is not None:
                 self._seat(client)

@@ -46,6 +46,9 @@ _LONGEST_CHAIN = 1 << 20
 #: How long a message may take from its first byte to its last.
 _MESSAGE_S = 5.0
 
+#: How long a frontend waits when the system has no room for it.
+_NO_ROOM_S = 1.0
+
 #: How long readers may take what is left when the daemon ends.
 _LAST_S = 1.0
 
@@ -143,6 +146,7 @@ class Guest:
         self._session = self._new_session()
         self._backend_channel: int | None = None
         self._message_timer = self._poller.timer(self._too_slow)
+        self._no_room = self._poller.timer(self._listen)
         self._last_timer = self._poller.timer(self._poller.stop)
         self._ending = False
 
@@ -164,7 +168,7 @@ class Guest:
         self._listening = bool(self._frontend.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
         if self._listening:
             self._frontend.setblocking(False)
-            self._poller.watch(self._frontend.fileno(), self._on_arrival)
+            self._listen()
         else:
             self._connected(self._frontend)
 
@@ -272,12 +276,20 @@ class Guest:
             self._config.max_queue_size,
         )
 
+    def _listen(self) -> None:
+        self._poller.watch(self._frontend.fileno(), self._on_arrival)
+
     def _on_arrival(self, _: int) -> None:
         if self._channel is not None:
             self._on_channel(0)  # it may have hung up in the same moment
         try:
             sock, _addr = self._frontend.accept()
-        except OSError:
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            self._log.warning("cannot take a frontend, next try in a second: %s", error)
+            self._poller.forget(self._frontend.fileno())
+            self._no_room.start(_NO_ROOM_S)
             return
         if self._channel is not None:
             self._log.warning("another frontend was refused: one is connected already")
@@ -408,16 +420,19 @@ class Guest:
                 return self._stop(self._queues[ring])
             case fx.SetCall(ring, fd):
                 queue = self._queues[ring]
+                kept = self._keep(fd)
                 _close(queue.call)
-                queue.call = self._keep(fd)
+                queue.call = kept
                 if queue.ring is not None:
                     _notify(queue.call)  # the one before may have swallowed a call
             case fx.SetError(ring, fd):
+                kept = self._keep(fd)
                 _close(self._queues[ring].error)
-                self._queues[ring].error = self._keep(fd)
+                self._queues[ring].error = kept
             case fx.SetBackendChannel(fd):
+                kept = self._keep(fd)
                 _close(self._backend_channel)
-                self._backend_channel = self._keep(fd)
+                self._backend_channel = kept
             case fx.ReadConfig(offset, size):
                 return self._console.read_config(offset, size)
             case fx.WriteConfig(offset, data):
@@ -428,7 +443,10 @@ class Guest:
     def _keep(fd: int | None) -> int | None:
         if fd is None:
             return None
-        kept = os.dup(fd)
+        try:
+            kept = os.dup(fd)
+        except OSError as error:
+            raise RefusedError(f"no room for another file descriptor: {error}") from None
         os.set_blocking(kept, False)
         return kept
 
@@ -467,6 +485,8 @@ class Guest:
 
     def _start(self, effect: fx.StartRing) -> None:
         queue = self._queues[effect.ring]
+        if queue.ring is None:
+            self._place(queue, effect.size, effect.addr)  # refused before anything is replaced
         self._watch_kick(queue, effect.kick)
         if queue.ring is None:
             self._begin(queue, effect)

@@ -98,6 +98,13 @@ class Poller:
         if self._files.pop(fd, None) is None:
             self._epoll.unregister(fd)
 
+    @staticmethod
+    def hung(fd: int) -> bool:
+        """Say whether `fd` is broken or its other end gone, without waiting for the loop."""
+        look = select.poll()
+        look.register(fd, 0)
+        return bool(look.poll(0))
+
     def timer(self, callback: Callable[[], None]) -> Timer:
         """Return a new timer, not yet started."""
         timer = Timer(callback)
