@@ -364,6 +364,24 @@ def test_what_is_known_not_to_have_arrived_is_the_next_clients(hall: Hall) -> No
     assert hall.read(hall.join()) == b"lost"
 
 
+def test_what_was_written_to_one_who_left_meanwhile_is_the_next_clients(hall: Hall) -> None:
+    """The next one arrives before the loop has heard that the one before is gone."""
+    before, user = hall.connect(Odd)
+    assert isinstance(before, Odd)
+    user.shutdown(socket.SHUT_WR)
+    hall.settle()
+    hall.port.output.append(b"to nobody")
+    hall.port.output.commit()
+    hall.audience.flush()
+    before.lost = len(b"to nobody")
+    user.close()
+    ours, after = socket.socketpair()
+    hall.ends.enter_context(after)
+    hall.door.arrive(StreamClient(ours, "after"))
+    hall.audience._arrive(0)  # noqa: SLF001 (the loop may say this before the hangup)
+    assert hall.read(after) == b"to nobody"
+
+
 # Input
 
 
