@@ -426,7 +426,9 @@ def _enqueue_signals(undo: ExitStack) -> int:
     for number in (*_STOPS, signal.SIGCHLD):
         # nohup and a shell's `&` have some of them ignored: they stay so.
         if signal.getsignal(number) is not signal.SIG_IGN or number in _ALWAYS:
-            undo.callback(signal.signal, number, signal.signal(number, _ignore))
+            signal.signal(number, _ignore)
+            # Told to end once more while it ends, the daemon still ends as it was going to.
+            undo.callback(signal.signal, number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_STOPS, signal.SIGCHLD))
     return read
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import launch
+
+# nohup and a shell's `&` have these ignored, and a daemon leaves them so: tests send them.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class StartDaemon(Protocol):
