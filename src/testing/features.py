@@ -1,4 +1,4 @@
-"""The virtio feature bits a split-ring console driver can use."""
+"""The virtio feature bits a console driver can use."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ class Feature(IntFlag):
     MULTIPORT = 1 << 1
     EMERG_WRITE = 1 << 2
     NOTIFY_ON_EMPTY = 1 << 24
+    LOG_ALL = 1 << 26
     INDIRECT_DESC = 1 << 28
     EVENT_IDX = 1 << 29
     PROTOCOL_FEATURES = 1 << 30
     VERSION_1 = 1 << 32
+    RING_PACKED = 1 << 34
+    IN_ORDER = 1 << 35
+    RING_RESET = 1 << 40
 
 
 #: What the mock driver accepts when it is offered.

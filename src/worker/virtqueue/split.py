@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from ...errors import GuestError, RefusedError
 from .chain import Chain
+from .features import EVENT_IDX as EVENT_IDX
+from .features import INDIRECT_DESC as INDIRECT_DESC
 from .fence import WEAKLY_ORDERED, fence
 from .memory import GuestMemory
-
-#: Feature bits of the ring itself.
-INDIRECT_DESC = 1 << 28
-EVENT_IDX = 1 << 29
 
 _NEXT = 1
 _WRITE = 2

@@ -1,0 +1,97 @@
+"""A running virtqueue, whatever its format: what it can do, and where it is made."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ...errors import RefusedError
+from .chain import Chain
+from .features import EVENT_IDX, IN_ORDER, INDIRECT_DESC, RING_PACKED, RING_RESET
+from .memory import GuestMemory
+from .split import SplitQueue
+
+#: What a device with these rings offers. IN_ORDER is kept by every user of a ring: it pushes what
+#: it popped in that order. RING_RESET is a stop and a start to a ring, as any other.
+RING_FEATURES = INDIRECT_DESC | EVENT_IDX | IN_ORDER | RING_RESET
+
+#: The most entries a ring of either format can have (2.7, 2.8.10.1).
+LARGEST = 1 << 15
+
+
+class Ring(Protocol):
+    """One running ring: `pop` buffers, `push` them back in order, `publish`."""
+
+    @property
+    def size(self) -> int:
+        """The number of descriptors."""
+
+    @property
+    def index(self) -> int:
+        """What GET_VRING_BASE says of this ring: where it goes on, in its format's terms."""
+
+    def ready(self) -> bool:
+        """Say whether `pop` has something to look at."""
+
+    def pop(self) -> Chain | None:
+        """Return the next buffer, or None when the guest has given no more.
+
+        Raises GuestError when the ring or the chain is not what the specification allows; the
+        queue can then only be stopped.
+        """
+
+    def unpop(self) -> None:
+        """Put the chain popped last back; nothing may have been pushed since."""
+
+    def push(self, head: int, written: int) -> None:
+        """Complete the oldest popped chain, `head`, with `written` bytes; not visible yet."""
+
+    def publish(self) -> bool:
+        """Let the guest see what was pushed; return whether it wants a call."""
+
+    def want_kicks(self) -> bool:
+        """Ask the guest to kick at its next buffer; return whether there already is one."""
+
+    def refuse_kicks(self) -> None:
+        """Ask the guest not to kick."""
+
+
+def valid_size(size: int, features: int) -> bool:
+    """Say whether a ring can have `size` entries, in the format that `features` choose."""
+    return 0 < size <= LARGEST and (bool(features & RING_PACKED) or not size & (size - 1))
+
+
+def place(
+    memory: GuestMemory,
+    size: int,
+    desc: int,
+    avail: int,
+    used: int,
+    *,
+    features: int,
+    base: int,  # noqa: ARG001  # for packed rings
+    writable: bool,
+    most_bytes: int,
+) -> Ring:
+    """Return the ring of `size` entries at the frontend addresses of SET_VRING_ADDR.
+
+    `base` is what SET_VRING_BASE said, or `index` of the ring's predecessor. A split ring goes on
+    where its own used index says instead: that is true even after a crash.
+    `writable` says which way the guest's buffers go: True when this side fills them.
+    A chain of more than `most_bytes` is an error.
+
+    Raises RefusedError when no ring of the negotiated format can be there: its size is none of
+    that format's, or an area is misaligned or not within one memory region.
+    """
+    if not valid_size(size, features):
+        wanted = "any number" if features & RING_PACKED else "a power of two"
+        raise RefusedError(f"a ring cannot have {size} entries: {wanted} from 1 to {LARGEST}")
+    return SplitQueue(
+        memory,
+        size,
+        desc,
+        avail,
+        used,
+        features=features,
+        writable=writable,
+        most_bytes=most_bytes,
+    )
