@@ -42,6 +42,24 @@ class BackendKind(StrEnum):
     PTY = "pty"
 
 
+class Overflow(StrEnum):
+    """What happens when a port's journal is full of what its reader has not taken."""
+
+    DROP = "drop"
+    BLOCK = "block"
+
+
+class ResizeOrder(StrEnum):
+    """The order of the two numbers in a RESIZE message.
+
+    The specification has columns first (VIRTIO 1.2, section 5.3.6.2), Linux before 6.15 read rows
+    first.
+    """
+
+    SPEC = "spec"
+    LINUX_LEGACY = "linux-legacy"
+
+
 class Nested(msgspec.Struct, frozen=True, tag=True):
     """The terminal the daemon was started from."""
 
@@ -75,6 +93,7 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     backend: Backend
     console: bool = True
+    overflow: Overflow = Overflow.DROP
     output_bytes: int = OUTPUT_BYTES
     input_bytes: int = INPUT_BYTES
     stall_ms: int = STALL_MS
@@ -83,15 +102,20 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
 class Guest(msgspec.Struct, frozen=True, kw_only=True):
     """One vhost-user socket and the console behind it.
 
-    The socket is either `socket_path`, to be created, or `fd`, inherited.
+    The socket is either `socket_path`, to be created, or `fd`, inherited. `max_ports` is what the
+    guest is told as max_nr_ports: every port's id is below it. `inband` offers notifications as
+    messages of the session.
     """
 
     name: str
     ports: tuple[Port, ...]
+    max_ports: int
     socket_path: str | None = None
     fd: int | None = None
     max_queue_size: int = LARGEST_QUEUE
     poll_us: int = POLL_US
+    resize_order: ResizeOrder = ResizeOrder.SPEC
+    inband: bool = False
 
 
 class Daemon(msgspec.Struct, frozen=True, kw_only=True):
@@ -189,6 +213,7 @@ def from_options(
             Guest(
                 name=name,
                 ports=(Port(id=0, name="console0", backend=chosen),),
+                max_ports=1,
                 socket_path=path,
                 fd=fd,
                 max_queue_size=max_queue_size,

@@ -1,15 +1,14 @@
-"""A guest's journal: what its ports wrote and what is typed to them, in one memory file.
+"""A port's journal: what the guest wrote to it and what is typed to it, in one memory file.
 
 The file outlives the worker: the master makes it, and a successor goes on at the offsets it holds.
 Offsets count bytes since the journal was made and never go back. An output ring keeps the last
 `size` bytes of an endless stream, any number of readers have cursors in it; an input ring holds
 what the guest has not taken yet.
 
-Layout, native byte order, in u64 words: page one and following are the header (magic, number of
-ports, then eight words a port: output start, size and head, seen, input start, size, head and
-tail), after them each port's rings. Sizes are powers of two and whole pages. A byte counts once
-its head is stored, and a head is one aligned 8-byte store, so a worker killed anywhere leaves a
-journal that is whole.
+Layout, native byte order: a page of u64 words (magic; output size, head and seen; input size, head
+and tail), the output ring, the input ring. Sizes are powers of two and whole pages. A byte counts
+once its head is stored, and a head is one aligned 8-byte store, so a worker killed anywhere leaves
+a journal that is whole.
 """
 
 from __future__ import annotations
@@ -17,39 +16,29 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from collections.abc import Sequence
 
-_MAGIC = int.from_bytes(b"VDCJRNL1", "little")
+_MAGIC = int.from_bytes(b"VDCJRNL2", "little")
 _PAGE = 4096
 _WORD = 8
-_PORTS_AT = 8  # words before the first port's entry
-_ENTRY = 8  # words in a port's entry
-_OUT_START, _OUT_SIZE, _OUT_HEAD, _OUT_SEEN, _IN_START, _IN_SIZE, _IN_HEAD, _IN_TAIL = range(8)
+_MAGIC_AT, _OUT_SIZE, _OUT_HEAD, _OUT_SEEN, _IN_SIZE, _IN_HEAD, _IN_TAIL = range(7)
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
-def create(name: str, sizes: Sequence[tuple[int, int]]) -> int:
-    """Return the descriptor of a new, empty, sealed journal.
+def create(name: str, output_bytes: int, input_bytes: int) -> int:
+    """Return the descriptor of a new, empty, sealed journal with rings of these sizes.
 
-    `sizes` has the output and the input ring's size in bytes for each port. Pages take memory only
-    once they are used. Raises ValueError for a size that is no power of two or less than a page,
-    OSError when the memory cannot be had.
+    Pages take memory only once they are used. Raises ValueError for a size that is no power of two
+    or less than a page, OSError when the memory cannot be had.
     """
-    for size in (size for pair in sizes for size in pair):
+    for size in (output_bytes, input_bytes):
         if size < _PAGE or size & (size - 1):
             raise ValueError(f"a ring of {size} bytes: not a power of two of at least {_PAGE}")
-    words = _PORTS_AT + _ENTRY * len(sizes)
-    start = -(-words * _WORD // _PAGE) * _PAGE
-    entries = [_MAGIC, len(sizes), *[0] * (_PORTS_AT - 2)]
-    for output, input_ in sizes:
-        entries += [start, output, 0, 0, start + output, input_, 0, 0]
-        start += output + input_
+    header = (_MAGIC, output_bytes, 0, 0, input_bytes, 0, 0)
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(fd, start)
-        header = b"".join(word.to_bytes(_WORD, "little") for word in entries)
-        os.pwrite(fd, header, 0)
+        os.ftruncate(fd, _PAGE + output_bytes + input_bytes)
+        os.pwrite(fd, b"".join(word.to_bytes(_WORD, "little") for word in header), 0)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     except BaseException:
         os.close(fd)
@@ -60,14 +49,12 @@ def create(name: str, sizes: Sequence[tuple[int, int]]) -> int:
 class Output:
     """One port's output: the last `size` bytes of everything the guest ever wrote to it."""
 
-    def __init__(self, ring: memoryview, words: memoryview, entry: int) -> None:
+    def __init__(self, ring: memoryview, words: memoryview) -> None:
         self.size = len(ring)
-        self.head: int = words[entry + _OUT_HEAD]
+        self.head: int = words[_OUT_HEAD]
         self._ring = ring
         self._mask = self.size - 1
         self._words = words
-        self._head_at = entry + _OUT_HEAD
-        self._seen_at = entry + _OUT_SEEN
 
     @property
     def tail(self) -> int:
@@ -77,11 +64,11 @@ class Output:
     @property
     def seen(self) -> int:
         """The offset up to which some reader has taken the output; where an absent one goes on."""
-        return self._words[self._seen_at]
+        return self._words[_OUT_SEEN]
 
     @seen.setter
     def seen(self, offset: int) -> None:
-        self._words[self._seen_at] = offset
+        self._words[_OUT_SEEN] = offset
 
     def append(self, data: memoryview | bytes) -> None:
         """Add at most `size` bytes; the oldest give way. They count from `commit` on."""
@@ -98,7 +85,7 @@ class Output:
 
     def commit(self) -> None:
         """Make everything appended count, for a successor too."""
-        self._words[self._head_at] = self.head
+        self._words[_OUT_HEAD] = self.head
 
     def span(self, offset: int) -> memoryview:
         """Return the bytes from `offset` that lie in one piece: up to the head or the ring's end.
@@ -146,15 +133,13 @@ class Reader:
 class Input:
     """One port's input: at most `size` bytes on their way to the guest."""
 
-    def __init__(self, ring: memoryview, words: memoryview, entry: int) -> None:
+    def __init__(self, ring: memoryview, words: memoryview) -> None:
         self.size = len(ring)
         self._ring = ring
         self._mask = self.size - 1
         self._words = words
-        self._head_at = entry + _IN_HEAD
-        self._tail_at = entry + _IN_TAIL
-        self.head: int = words[self._head_at]
-        self.tail: int = words[self._tail_at]
+        self.head: int = words[_IN_HEAD]
+        self.tail: int = words[_IN_TAIL]
 
     def __len__(self) -> int:
         return self.head - self.tail
@@ -167,7 +152,7 @@ class Input:
     def fed(self, count: int) -> None:
         """Count the first `count` bytes of what `room` returned as input."""
         self.head += count
-        self._words[self._head_at] = self.head
+        self._words[_IN_HEAD] = self.head
 
     def span(self) -> memoryview:
         """Return waiting input in one piece, none when there is none; then `consume`."""
@@ -177,11 +162,11 @@ class Input:
     def consume(self, count: int) -> None:
         """Give up the first `count` bytes of what `span` returned: the guest has them."""
         self.tail += count
-        self._words[self._tail_at] = self.tail
+        self._words[_IN_TAIL] = self.tail
 
 
 class Journal:
-    """A mapped journal: `outputs` and `inputs`, one of each a port.
+    """A mapped journal: a port's `output` and `input`.
 
     Takes over no descriptor: `fd` may be closed afterwards. Raises ValueError when the file is no
     journal.
@@ -190,13 +175,8 @@ class Journal:
     def __init__(self, fd: int) -> None:
         view = memoryview(mmap.mmap(fd, 0))
         words = view[: len(view) // _WORD * _WORD].cast("Q")
-        if len(view) < _PAGE or words[0] != _MAGIC:
+        if len(view) < _PAGE or words[_MAGIC_AT] != _MAGIC:
             raise ValueError("not a journal")
-        self.outputs: list[Output] = []
-        self.inputs: list[Input] = []
-        for port in range(words[1]):
-            entry = _PORTS_AT + _ENTRY * port
-            start, size = words[entry + _OUT_START], words[entry + _OUT_SIZE]
-            self.outputs.append(Output(view[start : start + size], words, entry))
-            start, size = words[entry + _IN_START], words[entry + _IN_SIZE]
-            self.inputs.append(Input(view[start : start + size], words, entry))
+        middle = _PAGE + words[_OUT_SIZE]
+        self.output = Output(view[_PAGE:middle], words)
+        self.input = Input(view[middle:], words)

@@ -13,6 +13,7 @@ import os
 import resource
 import selectors
 import signal
+import socket
 import termios
 import time
 from collections.abc import Callable
@@ -21,8 +22,8 @@ from itertools import pairwise
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from . import __version__, journal, monitor, systemd, worker
-from .config import Daemon, Guest, Nested
+from . import __version__, journal, monitor, orders, systemd, worker
+from .config import Daemon, Guest, Nested, Port
 from .endpoints import Endpoints, listen_unix
 from .errors import ConfigError
 from .health import Decoder, Health, PortHealth
@@ -72,13 +73,14 @@ class _Terminal:
 class _Guest:
     """One guest as the master sees it; everything here outlives its workers."""
 
-    def __init__(self, guest: Guest, endpoints: Endpoints, journal_fd: int, now: float) -> None:
+    def __init__(self, guest: Guest, endpoints: Endpoints, journals: list[int], now: float) -> None:
         self.guest = guest
         self.endpoints = endpoints
-        self.journal = journal_fd
+        self.journals = journals
         self.supervisor = Supervisor(now)
         self.pid: int | None = None
         self.pipe: int | None = None
+        self.orders: socket.socket | None = None
         self.heard = False  # the pipe's reports are read
         self.decoder = Decoder()
         self.health = Health()
@@ -161,14 +163,11 @@ class _Master:
     def _prepare(self, guest: Guest, undo: ExitStack) -> _Guest:
         endpoints = Endpoints(guest)
         undo.callback(endpoints.close)
-        try:
-            sizes = [(port.output_bytes, port.input_bytes) for port in guest.ports]
-            journal_fd = journal.create(guest.name, sizes)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ConfigError(f"{guest.name}: cannot make its journal: {reason}") from error
-        undo.callback(os.close, journal_fd)
-        return _Guest(guest, endpoints, journal_fd, time.monotonic())
+        journals = []
+        for port in guest.ports:
+            journals.append(_create_journal(guest, port))
+            undo.callback(os.close, journals[-1])
+        return _Guest(guest, endpoints, journals, time.monotonic())
 
     def _listen(self, undo: ExitStack) -> monitor.Server | None:
         try:
@@ -256,16 +255,17 @@ class _Master:
         # No handler of ours may run in the child before it has its own.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            try:
+            with ExitStack() as undo, ExitStack() as worker_s:
+                read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+                undo.callback(os.close, read)
+                worker_s.callback(os.close, write)
+                ours, theirs = orders.pair()
+                undo.enter_context(ours)
+                worker_s.enter_context(theirs)
                 guest.pid = os.fork()
                 if guest.pid == 0:
-                    _become_worker(self._run, guest, write, blocked)
-            except OSError:
-                os.close(read)
-                raise
-            finally:
-                os.close(write)
+                    _become_worker(self._run, guest, write, theirs.fileno(), blocked)
+                undo.pop_all()
         except OSError as error:
             _log.error("%s: cannot start a worker: %s", guest.guest.name, error.strerror)
             self._step(guest, Event.DIED)
@@ -273,6 +273,7 @@ class _Master:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         guest.pipe = read
+        guest.orders = ours
         guest.heard = True
         guest.process = None
         guest.sampled = (guest.supervisor.started, 0.0)
@@ -302,6 +303,9 @@ class _Master:
                 self._selector.unregister(guest.pipe)
             os.close(guest.pipe)
             guest.pipe = None
+        if guest.orders is not None:
+            guest.orders.close()
+            guest.orders = None
 
     def _reap(self, guest: _Guest) -> None:
         if guest.pid is None:
@@ -369,6 +373,16 @@ class _Master:
         )
 
 
+def _create_journal(guest: Guest, port: Port) -> int:
+    try:
+        return journal.create(f"{guest.name}:{port.id}", port.output_bytes, port.input_bytes)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{guest.name}: cannot make the journal of port {port.id}: {reason}"
+        ) from error
+
+
 def _sample(guest: _Guest, now: float) -> tuple[int | None, float | None]:
     """Return the worker's resident bytes and its processor share since the last sample."""
     if guest.pid is None:
@@ -434,7 +448,7 @@ def _enqueue_signals(undo: ExitStack) -> int:
 
 
 def _become_worker(
-    run: Run, guest: _Guest, health: int, blocked: set[int | signal.Signals]
+    run: Run, guest: _Guest, health: int, orders_: int, blocked: set[int | signal.Signals]
 ) -> None:
     """Turn this forked child into `guest`'s worker; never returns."""
     status = _FAULT
@@ -448,12 +462,12 @@ def _become_worker(
         ends = guest.endpoints
         heirlooms = worker.Inheritance(
             frontend=ends.frontend,
-            journal=guest.journal,
+            ports=tuple(map(worker.PortFiles, guest.journals, ends.ports)),
             health=health,
-            endpoints=tuple(ends.ports),
+            orders=orders_,
         )
         ports = [fd for fd in ends.ports if fd is not None]
-        _close_others({0, 1, 2, ends.frontend, guest.journal, health, *ports})
+        _close_others({0, 1, 2, ends.frontend, health, orders_, *guest.journals, *ports})
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         status = run(guest.guest, heirlooms)
     except BaseException as error:  # a worker that falls must not become a second master

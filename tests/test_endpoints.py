@@ -27,6 +27,7 @@ def guest(path: Path | None, backend: Backend | None = None, fd: int | None = No
     return Guest(
         name="g",
         ports=(Port(id=0, name="console0", backend=backend or Nested()),),
+        max_ports=1,
         socket_path=None if path is None else str(path),
         fd=fd,
     )

@@ -20,8 +20,8 @@ def create() -> Iterator[Create]:
     """Give journal.create with descriptors that are closed after the test."""
     made: list[int] = []
 
-    def make(*sizes: tuple[int, int]) -> int:
-        made.append(journal.create("test", sizes or ((SIZE, SIZE),)))
+    def make(output_bytes: int = SIZE, input_bytes: int = SIZE) -> int:
+        made.append(journal.create("test", output_bytes, input_bytes))
         return made[-1]
 
     yield make
@@ -53,7 +53,7 @@ def test_a_ring_is_a_power_of_two_of_at_least_a_page(size: int, place: int) -> N
     sizes = [SIZE, SIZE]
     sizes[place] = size
     with pytest.raises(ValueError, match=f"a ring of {size} bytes"):
-        journal.create("test", [(sizes[0], sizes[1])])
+        journal.create("test", *sizes)
 
 
 def test_its_file_cannot_change_size(create: Create) -> None:
@@ -66,17 +66,17 @@ def test_its_file_is_closed_on_exec(create: Create) -> None:
 
 
 def test_it_takes_memory_only_for_what_is_used(create: Create) -> None:
-    status = os.fstat(create((1 << 30, 1 << 20)))
+    status = os.fstat(create(1 << 30, 1 << 20))
     assert status.st_size > 1 << 30
     assert status.st_blocks * 512 <= 1 << 16
 
 
 def test_a_mapping_does_not_need_the_descriptor() -> None:
-    fd = journal.create("test", [(SIZE, SIZE)])
+    fd = journal.create("test", SIZE, SIZE)
     mapped = Journal(fd)
     os.close(fd)
-    write(mapped.outputs[0], b"still here")
-    assert bytes(mapped.outputs[0].span(0)) == b"still here"
+    write(mapped.output, b"still here")
+    assert bytes(mapped.output.span(0)) == b"still here"
 
 
 @pytest.mark.parametrize("content", [b"\0" * 4096, b"x" * 100])
@@ -90,31 +90,21 @@ def test_another_file_is_refused(content: bytes) -> None:
         os.close(fd)
 
 
-def test_ports_do_not_share_bytes(create: Create) -> None:
-    mapped = Journal(create(*[(SIZE, SIZE)] * 3))
-    for number in range(3):
-        write(mapped.outputs[number], bytes([number]) * SIZE)
-        room = mapped.inputs[number].room()
-        room[:] = bytes([0x80 + number]) * SIZE
-        mapped.inputs[number].fed(SIZE)
-    for number in range(3):
-        assert bytes(mapped.outputs[number].span(0)) == bytes([number]) * SIZE
-        assert bytes(mapped.inputs[number].span()) == bytes([0x80 + number]) * SIZE
-
-
-def test_the_header_grows_with_the_ports(create: Create) -> None:
-    mapped = Journal(create(*[(SIZE, SIZE)] * 127))
-    write(mapped.outputs[126], b"x" * SIZE)
-    write(mapped.outputs[0], b"y" * SIZE)
-    assert len(mapped.outputs) == 127
-    assert bytes(mapped.outputs[126].span(0)) == b"x" * SIZE
+def test_output_and_input_do_not_share_bytes(create: Create) -> None:
+    mapped = Journal(create(SIZE, 2 * SIZE))
+    write(mapped.output, b"o" * SIZE)
+    room = mapped.input.room()
+    room[:] = b"i" * 2 * SIZE
+    mapped.input.fed(2 * SIZE)
+    assert bytes(mapped.output.span(0)) == b"o" * SIZE
+    assert bytes(mapped.input.span()) == b"i" * 2 * SIZE
 
 
 # Output
 
 
 def test_what_is_written_is_read_in_order(create: Create) -> None:
-    output = Journal(create()).outputs[0]
+    output = Journal(create()).output
     reader = Reader(output, 0)
     write(output, b"one ")
     write(output, b"two")
@@ -122,21 +112,21 @@ def test_what_is_written_is_read_in_order(create: Create) -> None:
 
 
 def test_offsets_never_go_back(create: Create) -> None:
-    output = Journal(create()).outputs[0]
+    output = Journal(create()).output
     for _ in range(10):
         write(output, b"x" * 1000)
     assert (output.head, output.tail) == (10000, 10000 - SIZE)
 
 
 def test_bytes_at_the_end_of_the_ring_go_on_at_its_start(create: Create) -> None:
-    output = Journal(create()).outputs[0]
+    output = Journal(create()).output
     write(output, b"a" * (SIZE - 3))
     write(output, b"bcdefg")
     assert take(Reader(output, SIZE - 3)) == b"bcdefg"
 
 
 def test_a_whole_ring_can_be_written_at_once_anywhere(create: Create) -> None:
-    output = Journal(create()).outputs[0]
+    output = Journal(create()).output
     write(output, b"x" * 100)
     data = bytes(range(256)) * 16
     write(output, data)
@@ -144,7 +134,7 @@ def test_a_whole_ring_can_be_written_at_once_anywhere(create: Create) -> None:
 
 
 def test_a_memoryview_is_appended_as_it_is(create: Create) -> None:
-    output = Journal(create()).outputs[0]
+    output = Journal(create()).output
     output.append(memoryview(b"..guest..")[2:7])
     output.commit()
     assert take(Reader(output, 0)) == b"guest"
@@ -152,40 +142,40 @@ def test_a_memoryview_is_appended_as_it_is(create: Create) -> None:
 
 def test_a_successor_finds_what_was_committed(create: Create) -> None:
     fd = create()
-    write(Journal(fd).outputs[0], b"before the fall")
-    successor = Journal(fd).outputs[0]
+    write(Journal(fd).output, b"before the fall")
+    successor = Journal(fd).output
     assert (successor.head, take(Reader(successor, 0))) == (15, b"before the fall")
 
 
 def test_a_successor_does_not_see_what_was_not_committed(create: Create) -> None:
     fd = create()
-    first = Journal(fd).outputs[0]
+    first = Journal(fd).output
     write(first, b"sure")
     first.append(b"not yet")
-    assert Journal(fd).outputs[0].head == 4
+    assert Journal(fd).output.head == 4
 
 
 def test_a_successor_writes_on_after_several_turns(create: Create) -> None:
     fd = create()
-    first = Journal(fd).outputs[0]
+    first = Journal(fd).output
     for _ in range(5):
         write(first, b"x" * 3000)
-    second = Journal(fd).outputs[0]
+    second = Journal(fd).output
     write(second, b"on we go")
     assert take(Reader(second, 15000)) == b"on we go"
 
 
 def test_where_the_absent_go_on_is_kept_for_a_successor(create: Create) -> None:
     fd = create()
-    Journal(fd).outputs[0].seen = 1 << 40
-    assert Journal(fd).outputs[0].seen == 1 << 40
+    Journal(fd).output.seen = 1 << 40
+    assert Journal(fd).output.seen == 1 << 40
 
 
 # Readers
 
 
 def test_readers_do_not_disturb_one_another(create: Create) -> None:
-    output = Journal(create()).outputs[0]
+    output = Journal(create()).output
     first, second = Reader(output, 0), Reader(output, 0)
     write(output, b"for all")
     assert take(first) == b"for all"
@@ -193,7 +183,7 @@ def test_readers_do_not_disturb_one_another(create: Create) -> None:
 
 
 def test_a_reader_that_caught_up_has_nothing(create: Create) -> None:
-    output = Journal(create()).outputs[0]
+    output = Journal(create()).output
     reader = Reader(output, 0)
     write(output, b"x" * SIZE)
     take(reader)
@@ -201,7 +191,7 @@ def test_a_reader_that_caught_up_has_nothing(create: Create) -> None:
 
 
 def test_a_reader_may_take_a_part(create: Create) -> None:
-    output = Journal(create()).outputs[0]
+    output = Journal(create()).output
     reader = Reader(output, 0)
     write(output, b"abcdef")
     reader.advance(2)
@@ -209,7 +199,7 @@ def test_a_reader_may_take_a_part(create: Create) -> None:
 
 
 def test_a_slow_reader_finds_a_counted_gap_and_then_the_oldest_bytes(create: Create) -> None:
-    output = Journal(create()).outputs[0]
+    output = Journal(create()).output
     reader = Reader(output, 0)
     for number in range(5):
         write(output, bytes([number]) * 1024)
@@ -219,7 +209,7 @@ def test_a_slow_reader_finds_a_counted_gap_and_then_the_oldest_bytes(create: Cre
 
 
 def test_gaps_add_up(create: Create) -> None:
-    output = Journal(create()).outputs[0]
+    output = Journal(create()).output
     reader = Reader(output, 0)
     for _ in range(2):
         write(output, b"x" * SIZE)
@@ -229,7 +219,7 @@ def test_gaps_add_up(create: Create) -> None:
 
 
 def test_a_reader_exactly_one_ring_behind_lost_nothing(create: Create) -> None:
-    output = Journal(create()).outputs[0]
+    output = Journal(create()).output
     reader = Reader(output, 0)
     write(output, b"x" * SIZE)
     assert reader.skip_lost() == 0
@@ -240,25 +230,25 @@ def test_a_reader_exactly_one_ring_behind_lost_nothing(create: Create) -> None:
 
 
 def test_what_is_fed_is_what_the_guest_gets(create: Create) -> None:
-    held = Journal(create()).inputs[0]
+    held = Journal(create()).input
     held.room()[:5] = b"typed"
     held.fed(5)
     assert (len(held), bytes(held.span())) == (5, b"typed")
 
 
 def test_a_full_input_has_no_room(create: Create) -> None:
-    held = Journal(create()).inputs[0]
+    held = Journal(create()).input
     held.fed(len(held.room()))
     assert (len(held), len(held.room())) == (SIZE, 0)
 
 
 def test_an_empty_input_has_nothing_and_all_the_room(create: Create) -> None:
-    held = Journal(create()).inputs[0]
+    held = Journal(create()).input
     assert (len(held), len(held.span()), len(held.room())) == (0, 0, SIZE)
 
 
 def test_room_never_covers_what_waits(create: Create) -> None:
-    held = Journal(create()).inputs[0]
+    held = Journal(create()).input
     held.fed(3000)
     held.consume(2000)
     assert len(held.room()) == SIZE - 3000
@@ -267,7 +257,7 @@ def test_room_never_covers_what_waits(create: Create) -> None:
 
 
 def test_input_comes_in_order_around_the_end(create: Create) -> None:
-    held = Journal(create()).inputs[0]
+    held = Journal(create()).input
     sent = received = b""
     for number in range(40):
         room = held.room()
@@ -286,8 +276,8 @@ def test_input_comes_in_order_around_the_end(create: Create) -> None:
 
 def test_a_successor_gives_the_guest_what_the_dead_did_not(create: Create) -> None:
     fd = create()
-    first = Journal(fd).inputs[0]
+    first = Journal(fd).input
     first.room()[:10] = b"0123456789"
     first.fed(10)
     first.consume(4)
-    assert bytes(Journal(fd).inputs[0].span()) == b"456789"
+    assert bytes(Journal(fd).input.span()) == b"456789"

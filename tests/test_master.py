@@ -103,8 +103,9 @@ def is_open(fd):
 def run(guest, heirlooms):
     mine = [fd for fd in range(4096) if is_open(fd)]
     with open(guest.socket_path + ".fds", "w") as file:
-        json.dump([mine, [heirlooms.frontend, heirlooms.journal, heirlooms.health,
-                          *heirlooms.endpoints]], file)
+        json.dump([mine, [heirlooms.frontend, heirlooms.health, heirlooms.orders,
+                          *(fd for port in heirlooms.ports
+                            for fd in (port.journal, port.endpoint))]], file)
     report(heirlooms)
     status = stopped()
     os.unlink(guest.socket_path + ".fds")
@@ -171,7 +172,7 @@ def test_the_end_of_the_master_is_the_end_of_each_worker_s_pipe(start: StartDaem
 JOURNAL = """
 from vhost_device_console.journal import Journal
 def run(guest, heirlooms):
-    output = Journal(heirlooms.journal).outputs[0]
+    output = Journal(heirlooms.ports[0].journal).output
     output.append(b"x" * 100)
     output.commit()
     report(heirlooms, output=output.head)

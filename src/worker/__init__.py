@@ -4,6 +4,6 @@ Everything a worker needs is imported here, before the fork, so that all workers
 """
 
 from .guest import run
-from .inheritance import Inheritance
+from .inheritance import Inheritance, PortFiles
 
-__all__ = ["Inheritance", "run"]
+__all__ = ["Inheritance", "PortFiles", "run"]

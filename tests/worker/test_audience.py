@@ -149,7 +149,7 @@ class Hall:
         output, input_ = (memoryview(bytearray(SIZE)) for _ in range(2))
         words = memoryview(bytearray(64)).cast("Q")
         self.ends = ends
-        self.port = Port(0, "console0", True, Output(output, words, 0), Input(input_, words, 0))
+        self.port = Port(0, "console0", True, Output(output, words), Input(input_, words))
         self.poller = Stepped()
         ends.callback(self.poller.close)
         self.door = Door()
