@@ -1,7 +1,7 @@
 """A guest and its frontend for testing vhost-user backends, written from the specifications.
 
-Guest memory, the driver side of split virtqueues, a vhost-user frontend that talks as QEMU or User
-Mode Linux does, a guest's console driver, and messages that are wrong on purpose::
+Guest memory, the driver side of split and packed virtqueues, a vhost-user frontend that talks as
+QEMU or User Mode Linux does, a guest's console driver, and messages that are wrong on purpose::
 
     from vhost_device_console.testing import ConsoleDriver, GuestMemory
     from vhost_device_console.testing import connect_like_qemu, stop_like_qemu
@@ -20,12 +20,14 @@ vhost_device_console.testing.guest SOCKET` is a whole guest with a local shell.
 
 from .console import ConsoleDriver, Control, Event, GuestPort
 from .conversation import connect_like_qemu, connect_like_uml, stop_like_qemu, stop_like_uml
+from .driver import Buffer, Chain, RingDriver, Used, fence, need_event
 from .errors import DeviceError, NackError, RingFullError
 from .features import DRIVER_FEATURES, Feature
 from .frontend import FRONTEND_FEATURES, Frontend, Message
 from .memory import GuestMemory
+from .packed import PackedDriver, make_driver
 from .queue import Queue
-from .split import Buffer, Chain, SplitDriver, Used, fence, need_event
+from .split import SplitDriver
 
 __all__ = [
     "DRIVER_FEATURES",
@@ -42,13 +44,16 @@ __all__ = [
     "GuestPort",
     "Message",
     "NackError",
+    "PackedDriver",
     "Queue",
+    "RingDriver",
     "RingFullError",
     "SplitDriver",
     "Used",
     "connect_like_qemu",
     "connect_like_uml",
     "fence",
+    "make_driver",
     "need_event",
     "stop_like_qemu",
     "stop_like_uml",

@@ -2,86 +2,47 @@
 
 from __future__ import annotations
 
-import struct
-import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
 
+from .driver import (
+    DESC_F_INDIRECT,
+    DESC_F_NEXT,
+    DESC_F_WRITE,
+    Buffer,
+    Chain,
+    RingDriver,
+    Used,
+    fence,
+    need_event,
+)
 from .errors import DeviceError, RingFullError
 from .features import Feature
 from .memory import GuestMemory
 
-DESC_F_NEXT = 1
-DESC_F_WRITE = 2
-DESC_F_INDIRECT = 4
+__all__ = [
+    "DESC_F_INDIRECT",
+    "DESC_F_NEXT",
+    "DESC_F_WRITE",
+    "Buffer",
+    "Chain",
+    "SplitDriver",
+    "Used",
+    "fence",
+    "need_event",
+]
+
 AVAIL_F_NO_INTERRUPT = 1
 USED_F_NO_NOTIFY = 1
 
-_DESC = struct.Struct("<QIHH")
 _INDEX = 0xFFFF
 
-_fence_lock = threading.Lock()
 
-
-def fence() -> None:
-    """Order every load and store before it against every one after it.
-
-    Taking and giving a lock is an atomic read-modify-write each: on x86 a locked instruction, a
-    full barrier; on ARM64 a store-release after which comes a load-acquire of the same word, which
-    no other access passes in either direction.
-    """
-    _fence_lock.acquire()
-    _fence_lock.release()
-    _fence_lock.acquire()
-    _fence_lock.release()
-
-
-def need_event(event: int, new: int, old: int) -> bool:
-    """Tell whether moving an index from `old` to `new` passes `event` (section 2.7.10)."""
-    return (new - event - 1) & _INDEX < (new - old) & _INDEX
-
-
-class Buffer(NamedTuple):
-    """One element of a chain, as its descriptor says: guest address and size in bytes."""
-
-    addr: int
-    size: int
-    writable: bool
-
-
-@dataclass(slots=True, eq=False)
-class Chain:
-    """A descriptor chain the device has not used yet, or has just used.
-
-    `descriptors` are the ring's own, the head first; `owned` is memory to free once it is used.
-    """
-
-    head: int
-    buffers: tuple[Buffer, ...]
-    descriptors: tuple[int, ...]
-    owned: tuple[int, ...] = ()
-
-
-class Used(NamedTuple):
-    """A chain the device returned: the length it wrote in used.len, and what is there.
-
-    `data` is at most as long as the chain's writable buffers, whatever `length` says.
-    """
-
-    chain: Chain
-    length: int
-    data: bytes
-
-
-class SplitDriver:
-    """One virtqueue's driver.
+class SplitDriver(RingDriver):
+    """The driver of a split virtqueue.
 
     `size` is a power of two. Both indices begin at `start`, so a wrap-around is a few buffers
     away. `desc`, `avail` and `used` place the ring's parts at guest addresses of the caller's; by
     default they are allocated, each with the alignment section 2.7 asks for.
-
-    Not for two threads at once.
     """
 
     def __init__(
@@ -91,13 +52,12 @@ class SplitDriver:
         *,
         start: int = 0,
         event_idx: bool = False,
+        in_order: bool = False,
         desc: int | None = None,
         avail: int | None = None,
         used: int | None = None,
     ) -> None:
-        self.memory = memory
-        self.size = size
-        self.event_idx = event_idx
+        super().__init__(memory, size, event_idx=event_idx, in_order=in_order)
         self.desc_addr = memory.alloc(16 * size, 16) if desc is None else desc
         self.avail_addr = memory.alloc(6 + 2 * size, 2) if avail is None else avail
         self.used_addr = memory.alloc(6 + 8 * size, 4) if used is None else used
@@ -105,7 +65,6 @@ class SplitDriver:
         self._avail = memory.view(self.avail_addr, 6 + 2 * size, "H")
         self._used = memory.view(self.used_addr, 6 + 8 * size, "H")
         self._elements = memory.view(self.used_addr + 4, 8 * size, "I")
-        self.pending: dict[int, Chain] = {}
         self.reset(start)
 
     def reset(self, start: int = 0) -> None:
@@ -126,12 +85,23 @@ class SplitDriver:
             self._used[2 + 4 * self.size] = start
 
     def set_features(self, features: int) -> None:
-        """Go by the features that were negotiated; before the ring is used, or after `reset`."""
+        """Go by the features that were negotiated; before the ring is used, or after `reset`.
+
+        Raises ValueError when they are for packed rings.
+        """
+        if features & Feature.RING_PACKED:
+            raise ValueError("packed rings were negotiated, and this is the driver of a split one")
+        self.in_order = bool(features & Feature.IN_ORDER)
         event_idx = bool(features & Feature.EVENT_IDX)
         if event_idx != self.event_idx:
             self.event_idx = event_idx
             self.set_used_event(self._reaped if event_idx else 0)
             self._used[2 + 4 * self.size] = self.avail_idx if event_idx else 0
+
+    @property
+    def base(self) -> int:
+        """Where the ring goes on: at its used index."""
+        return self.used_idx
 
     # Offering buffers.
 
@@ -139,33 +109,6 @@ class SplitDriver:
     def free(self) -> int:
         """How many descriptors are free."""
         return len(self._free)
-
-    def add(
-        self,
-        readable: Iterable[bytes | bytearray | memoryview] = (),
-        writable: Iterable[int] = (),
-        *,
-        indirect: bool = False,
-    ) -> Chain:
-        """Offer one chain: `readable` bytes first, then `writable` room, a descriptor for each.
-
-        The device sees it at the next `publish`. The memory is allocated, and freed when the chain
-        is reaped. Raises RingFullError or MemoryError, and then changes nothing.
-        """
-        buffers: list[Buffer] = []
-        try:
-            for data in readable:
-                size = len(data)
-                addr = self.memory.alloc(max(size, 1))
-                buffers.append(Buffer(addr, size, False))
-                self.memory.write(addr, data)
-            for size in writable:
-                buffers.append(Buffer(self.memory.alloc(max(size, 1)), size, True))
-            return self._offer(buffers, indirect, None, [buffer.addr for buffer in buffers])
-        except BaseException:
-            for buffer in buffers:
-                self.memory.free(buffer.addr)
-            raise
 
     def add_buffers(
         self,
@@ -179,26 +122,8 @@ class SplitDriver:
         Nothing is checked, so any order of readable and writable goes. `descriptors` says which
         free ones to use, the head first. Raises RingFullError, and then changes nothing.
         """
-        return self._offer(buffers, indirect, descriptors, [])
-
-    def offer(self, head: int, *, buffers: Sequence[Buffer] = ()) -> Chain:
-        """Offer descriptors written by hand, from `head` on; any number at all is taken.
-
-        Descriptors written by hand are best taken from a ring without other chains.
-        """
-        chain = Chain(head, tuple(buffers), ())
-        self._push(chain)
-        return chain
-
-    def _offer(
-        self,
-        buffers: Sequence[Buffer],
-        indirect: bool,
-        descriptors: Sequence[int] | None,
-        owned: list[int],
-    ) -> Chain:
         needed = 1 if indirect else len(buffers)
-        if not needed:
+        if not buffers:
             raise ValueError("a chain needs at least one buffer")
         if descriptors is None:
             if needed > len(self._free):
@@ -211,20 +136,15 @@ class SplitDriver:
         else:  # move them to where the next ones are taken from
             self._free = [index for index in self._free if index not in descriptors]
             self._free += reversed(descriptors)
+        owned: tuple[int, ...] = ()
         if indirect:
-            table = self.memory.alloc(16 * len(buffers))
-            owned = [*owned, table]
             last = len(buffers) - 1
-            self.memory.write(
-                table,
-                b"".join(
-                    _DESC.pack(
-                        buffer.addr, buffer.size, _flags(buffer, at < last), (at + 1) * (at < last)
-                    )
-                    for at, buffer in enumerate(buffers)
-                ),
+            table, size = self._table(
+                (buffer.addr, buffer.size, _flags(buffer, at < last), (at + 1) * (at < last))
+                for at, buffer in enumerate(buffers)
             )
-            self.write_desc(descriptors[0], table, 16 * len(buffers), DESC_F_INDIRECT)
+            owned = (table,)
+            self.write_desc(descriptors[0], table, size, DESC_F_INDIRECT)
         else:
             for at, buffer in enumerate(buffers):
                 more = at + 1 < needed
@@ -232,7 +152,16 @@ class SplitDriver:
                 flags = _flags(buffer, more)
                 self.write_desc(descriptors[at], buffer.addr, buffer.size, flags, following)
         del self._free[-needed:]
-        chain = Chain(descriptors[0], tuple(buffers), tuple(descriptors), tuple(owned))
+        chain = Chain(descriptors[0], tuple(buffers), tuple(descriptors), owned)
+        self._push(chain)
+        return chain
+
+    def offer(self, head: int, *, buffers: Sequence[Buffer] = ()) -> Chain:
+        """Offer descriptors written by hand, from `head` on; any number at all is taken.
+
+        Descriptors written by hand are best taken from a ring without other chains.
+        """
+        chain = Chain(head, tuple(buffers), ())
         self._push(chain)
         return chain
 
@@ -258,11 +187,6 @@ class SplitDriver:
 
     # Taking them back.
 
-    @property
-    def in_flight(self) -> int:
-        """How many chains were offered and not reaped."""
-        return len(self.pending)
-
     def has_used(self) -> bool:
         """Tell whether there is a chain to reap."""
         return self._used[1] != self._reaped
@@ -281,31 +205,29 @@ class SplitDriver:
                 f"with {len(self.pending)} chains in flight"
             )
         fence()  # section 2.7.14: the index is loaded before the elements
-        done = []
-        for _ in range(count):
+        done: list[Used] = []
+        while len(done) < count:
             head, length = self.used_entry(self._reaped)
-            chain = self.pending.pop(head, None)
-            if chain is None:
-                raise DeviceError(f"used element {self._reaped} names chain {head}, not in flight")
-            self._reaped = (self._reaped + 1) & _INDEX
-            done.append(Used(chain, length, self._written(chain, length)))
-            self._give_back(chain)
+            try:
+                batch = self._returned(head, length)
+            except KeyError:
+                raise DeviceError(
+                    f"used element {self._reaped} names chain {head}, not in flight"
+                ) from None
+            self._reaped = (self._reaped + len(batch)) & _INDEX
+            done += batch
+        if len(done) > count:
+            raise DeviceError(f"used.idx moved by {count}, its elements stand for {len(done)}")
         if self._calls and self.event_idx:
             self.set_used_event(self._reaped)
         return done
 
-    def _written(self, chain: Chain, length: int) -> bytes:
-        parts = []
-        for buffer in chain.buffers:
-            if buffer.writable and length > 0:
-                parts.append(self.memory.read(buffer.addr, min(buffer.size, length)))
-                length -= buffer.size
-        return b"".join(parts)
-
     def _give_back(self, chain: Chain) -> None:
-        self._free.extend(reversed(chain.descriptors))
-        for addr in chain.owned:
-            self.memory.free(addr)
+        super()._give_back(chain)
+        if self.in_order:  # 2.7.5: descriptors go in ring order, so these are the last to be taken
+            self._free[:0] = reversed(chain.descriptors)
+        else:
+            self._free.extend(reversed(chain.descriptors))
 
     def enable_calls(self) -> bool:
         """Ask to be called when the next chain is used (section 2.7.7).
