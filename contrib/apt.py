@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import tempfile
 from pathlib import Path
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
@@ -61,25 +62,52 @@ class Apt:
 
         Raises UnobtainableError.
         """
-        found = [next(self._debs.glob(f"{package}_*.deb"), None) for package in packages]
-        if None in found:
+        if missing := [package for package in packages if self._here(package) is None]:
             # One broken source must not hide what the others have: the download decides.
             update = self._run("update")
-            download = self._run("download", *packages)
-            if download.returncode:
-                output = (download.stderr + update.stderr).splitlines()
-                errors = [line[3:] for line in output if line.startswith("E: ")]
-                raise UnobtainableError(errors[0] if errors else f"{self._program} failed")
-            found = [next(self._debs.glob(f"{package}_*.deb"), None) for package in packages]
-        if None in found:
+            # What is broken off leaves nothing that looks like a package.
+            with tempfile.TemporaryDirectory(dir=self._debs, prefix=".") as scratch:
+                download = self._run("download", *missing, cwd=scratch)
+                if download.returncode:
+                    raise self._failure(download, update)
+                for file in Path(scratch).glob("*.deb"):
+                    file.rename(self._debs / file.name)
+        found = [path for package in packages if (path := self._here(package)) is not None]
+        if len(found) < len(packages):
             raise UnobtainableError(f"{self._program} downloaded nothing")
-        return [path for path in found if path is not None]
+        return found
 
-    def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def closure(self, package: str) -> list[str]:
+        """Return the names of `package` and of all it depends on, as the archive is now.
+
+        Forgets files that are not of the versions that belong together. Raises UnobtainableError.
+        """
+        update = self._run("update")
+        plan = self._run("install", "--print-uris", "--no-install-recommends", "-y", package)
+        if plan.returncode:
+            raise self._failure(plan, update)
+        files = [line.split()[1] for line in plan.stdout.splitlines() if line.startswith("'")]
+        names = [file.partition("_")[0] for file in files]
+        for name, file in zip(names, files, strict=True):
+            for other in set(self._debs.glob(f"{name}_*.deb")) - {self._debs / file}:
+                other.unlink()
+        return names
+
+    def _here(self, package: str) -> Path | None:
+        return next(self._debs.glob(f"{package}_*.deb"), None)
+
+    def _failure(self, *runs: subprocess.CompletedProcess[str]) -> UnobtainableError:
+        output = "".join(run.stderr for run in runs).splitlines()
+        errors = [line[3:] for line in output if line.startswith("E: ")]
+        return UnobtainableError(errors[0] if errors else f"{self._program} failed")
+
+    def _run(
+        self, *arguments: str, cwd: str | Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
         try:
             return subprocess.run(
                 [self._program, "-q", *self._options, *arguments],
-                cwd=self._debs,
+                cwd=cwd,
                 env={**os.environ, "LC_ALL": "C"},
                 stdin=subprocess.DEVNULL,
                 capture_output=True,

@@ -15,20 +15,28 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))  # behind tests/, which has a conftest too
 
+import qemu
 import uml
-from uml import Attach, Place, StartGuest
+from console import Attach, Console, Place
+from qemu import Qemu, StartQemu
+from uml import StartGuest
 
 from launch import Daemon
+
+
+def need(there: object, what: str) -> None:
+    """Skip a test of something that is not there; where all has to be, fail it."""
+    if not there:
+        why = f"no {what} here: contrib/guest/fetch --all says why"
+        if os.environ.get("CI"):
+            pytest.fail(why)
+        pytest.skip(why)
 
 
 @pytest.fixture
 def a_kernel() -> Path:
     """Give one kernel, for what does not depend on its version."""
-    if not uml.KERNELS:
-        why = "no Linux guest here: contrib/guest/fetch says why"
-        if os.environ.get("CI"):
-            pytest.fail(why)
-        pytest.skip(why)
+    need(uml.KERNELS, "Linux guest")
     return uml.KERNELS[0]
 
 
@@ -46,40 +54,48 @@ def boot() -> Iterator[StartGuest]:
 
 
 @pytest.fixture
+def boot_qemu() -> Iterator[StartQemu]:
+    """Give a function that boots guests of QEMU: see qemu.Qemu."""
+    need((qemu.FOLDER / "version").exists(), "QEMU guest")
+    with ExitStack() as ends:
+        yield lambda *arguments, **more: ends.enter_context(Qemu(*arguments, **more))
+
+
+@pytest.fixture
 def attach() -> Iterator[Attach]:
     """Give a function that puts someone at a TCP port of this machine, or at a unix socket."""
     with ExitStack() as ends:
 
-        def connect(address: int | str) -> uml.Console:
+        def connect(address: int | str) -> Console:
             family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
             peer = ends.enter_context(socket.socket(family, socket.SOCK_STREAM))
             peer.connect(address if isinstance(address, str) else ("127.0.0.1", address))
-            return uml.Console(peer.fileno())
+            return Console(peer.fileno())
 
         yield connect
 
 
 @pytest.fixture
 def place(daemon: Callable[..., Daemon], attach: Attach) -> Iterator[Place]:
-    """Give a function from one of uml.BACKENDS to a daemon with someone at its console."""
+    """Give a function from one of console.BACKENDS to a daemon with someone at its console."""
     with ExitStack() as ends:
 
         def keep(fd: int) -> int:
             ends.callback(os.close, fd)
             return fd
 
-        def start(backend: str) -> tuple[Daemon, uml.Console]:
+        def start(backend: str) -> tuple[Daemon, Console]:
             kind, _, where = backend.partition(" on ")
             if where == "pipes":
                 started = daemon(kind, stdin=subprocess.PIPE)
                 assert started.process.stdin is not None
                 assert started.process.stdout is not None
-                return started, uml.Console(
+                return started, Console(
                     started.process.stdout.fileno(), started.process.stdin.fileno()
                 )
             if where:
                 ours, theirs = map(keep, os.openpty())
-                return daemon(kind, stdin=theirs, stdout=theirs), uml.Console(ours)
+                return daemon(kind, stdin=theirs, stdout=theirs), Console(ours)
             started = daemon(kind)
             if kind == "network":
                 return started, attach(started.tcp)
@@ -87,6 +103,6 @@ def place(daemon: Callable[..., Daemon], attach: Attach) -> Iterator[Place]:
                 return started, attach(started.data[0])
             slave = keep(os.open(started.expect_out(r"/dev/pts/\d+")[0], os.O_RDWR | os.O_NOCTTY))
             tty.setraw(slave)
-            return started, uml.Console(slave)
+            return started, Console(slave)
 
         yield start

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from uml import BACKENDS, PROMPT, Attach, Place, StartGuest
+from console import BACKENDS, PROMPT, Attach, Place
+from uml import StartGuest
 
 from launch import Daemon
 

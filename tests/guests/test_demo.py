@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from uml import Console
+from console import Console
 
 from launch import WITHIN, environment
 

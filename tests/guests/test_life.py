@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import uml
-from uml import PROMPT, Attach, Place, StartGuest
+from console import PROMPT, Attach, Place
+from uml import StartGuest
 
 from launch import Daemon
 

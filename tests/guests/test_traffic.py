@@ -7,7 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
-from uml import BACKENDS, PROMPT, Console, Place, StartGuest
+from console import BACKENDS, PROMPT, Console, Place
+from uml import StartGuest
 
 from launch import Daemon
 

@@ -1,164 +1,44 @@
-"""Real Linux guests for tests: User Mode Linux, and a person at its console.
-
-The kernels are those that `contrib/guest/fetch --all` made ready.
-"""
+"""Guests of User Mode Linux, with the kernels that `contrib/guest/fetch --all` made ready."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import re
-import select
-import signal
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from typing import Self
 
-from launch import WITHIN, Daemon, wait_readable
+from machine import Machine
 
-GUESTS = Path(__file__).parents[2] / "build" / "guest"
+BUILD = Path(__file__).parents[2] / "build"
 
-KERNELS = sorted(path.parent for path in GUESTS.glob("[!.]*/boot"))
+KERNELS = sorted(path.parent for path in (BUILD / "guest").glob("[!.]*/boot"))
 
-#: Where a person can be, for the `place` fixture.
-BACKENDS = ("network", "unix", "pty", "nested on a terminal", "nested on pipes")
-
-PROMPT = rb"guest# "
-
-#: What bounds everything a guest sends that a test does not look for.
-_MOST_LOG = 1 << 20
+#: An archive of QEMU's guest agent, to be appended to an initramfs.
+AGENT = BUILD / "guest-agent" / "initramfs"
 
 
-class Guest:
-    """A running guest with its console on `socket`; a context manager that always ends it.
+class Guest(Machine):
+    """A running guest with its console on `socket`.
 
-    `run` is a shell command for the guest to run before its shell starts. The kernel's messages
-    are read by `expect_log`, and shown when a test fails.
+    `parameters` go to the kernel; `run` is a shell command for the guest to run before its shell
+    starts.
     """
 
-    def __init__(self, kernel: Path, socket: str, run: str = ":") -> None:
+    def __init__(self, kernel: Path, socket: str, *parameters: str, run: str = ":") -> None:
         self._state = tempfile.TemporaryDirectory(prefix="uml", dir="/tmp")
-        self._seen = b""
-        self.process = subprocess.Popen(
-            [kernel / "boot", socket, f"uml_dir={self._state.name}/", f"vdc.run={run}"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+        super().__init__(
+            [
+                kernel / "boot",
+                socket,
+                f"uml_dir={self._state.name}/",
+                *parameters,
+                f"vdc.run={run}",
+            ]
         )
-        assert self.process.stdout is not None
-        self._log = self.process.stdout.fileno()
-        # Nobody reads while the test does something else, and the kernel must not wait for it.
-        fcntl.fcntl(self._log, fcntl.F_SETPIPE_SZ, _MOST_LOG)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.kill()
-        assert self.process.stdout is not None
-        print((self._seen + self.process.stdout.read()).decode(errors="backslashreplace"))
-        self.process.stdout.close()
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
         self._state.cleanup()
 
-    def expect_log(self, pattern: bytes) -> re.Match[bytes]:
-        """Wait until the kernel's messages, from the first one, have `pattern`."""
-        deadline = time.monotonic() + WITHIN
-        while not (match := re.search(pattern, self._seen)):
-            wait_readable(self._log, deadline, f"{pattern!r} not in {self._seen!r}")
-            data = os.read(self._log, 1 << 16)
-            if not data:
-                raise EOFError(f"{pattern!r} not in {self._seen!r}")
-            self._seen += data
-        return match
 
-    def kill(self) -> None:
-        """End it, as a crash does: each of its processes by SIGKILL."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def wait(self) -> int:
-        """Wait until it has powered off and return its exit status."""
-        return self.process.wait(WITHIN)
-
-
-class Console:
-    """A person at a guest's console, on one descriptor or one for each direction (not owned).
-
-    Nothing may stand still for WITHIN seconds; how long it all takes is the machine's affair.
-    """
-
-    def __init__(self, reads: int, writes: int | None = None) -> None:
-        self._reads = reads
-        self._writes = reads if writes is None else writes
-        self._unread = bytearray()
-        self._unsent = bytearray()
-        os.set_blocking(self._reads, False)
-        os.set_blocking(self._writes, False)
-
-    def _exchange(self, within: float, what: str) -> None:
-        """Send and receive what is possible, at least one byte of either."""
-        wanted = [self._writes] if self._unsent else []
-        readable, writable, _ = select.select([self._reads], wanted, [], max(0.0, within))
-        if not readable and not writable:
-            raise TimeoutError(f"{what} after {bytes(self._unread[-500:])!r}")
-        if writable:
-            del self._unsent[: os.write(self._writes, self._unsent[: 1 << 16])]
-        if readable:
-            data = os.read(self._reads, 1 << 16)
-            if not data:
-                raise EOFError(f"{what} in {bytes(self._unread[-500:])!r}")
-            self._unread += data
-
-    def until(self, pattern: bytes) -> bytes:
-        """Read to the end of the first `pattern`, and return what came before it."""
-        looked = 0
-        while not (match := re.compile(pattern).search(self._unread, looked)):
-            looked = max(0, len(self._unread) - 256)  # longer than any pattern's match
-            self._exchange(WITHIN, f"no {pattern!r}")
-        before = bytes(self._unread[: match.start()])
-        del self._unread[: match.end()]
-        return before
-
-    def take(self, count: int) -> bytes:
-        """Return the next `count` bytes."""
-        while len(self._unread) < count:
-            self._exchange(WITHIN, f"{len(self._unread)} bytes, not {count}")
-        taken = bytes(self._unread[:count])
-        del self._unread[:count]
-        return taken
-
-    def send(self, data: bytes) -> None:
-        """Send `data`, reading meanwhile: an echo nobody reads would stop the guest's input."""
-        self._unsent += data
-        while self._unsent:
-            self._exchange(WITHIN, f"{len(self._unsent)} bytes not taken")
-
-    def type(self, line: bytes, gap: float) -> None:
-        """Send `line` like a typist, one character each `gap` seconds."""
-        for character in line:
-            self.send(bytes([character]))
-            pause = time.monotonic() + gap
-            with suppress(TimeoutError):
-                while True:
-                    self._exchange(pause - time.monotonic(), "typing")
-
-    def run(self, command: bytes) -> bytes:
-        """Run a shell command at the prompt and return its output; it must succeed."""
-        # The quotes keep the marks out of the command's echo.
-        self.send(b"echo 'be''gin'; " + command + b"; echo 'en''d' $?\n")
-        self.until(rb"begin\r?\n")
-        output = self.until(rb"end 0\r?\n")
-        self.until(PROMPT)
-        return output
-
-
-#: What the fixtures of conftest.py give.
+#: What the fixture of conftest.py gives.
 StartGuest = Callable[..., Guest]
-Attach = Callable[[int | str], Console]
-Place = Callable[[str], tuple[Daemon, Console]]
