@@ -1,0 +1,115 @@
+"""Trying statements on a backend, one after the other, whatever becomes of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from ...errors import ConsoleError
+from .bench import Backend, Bench, GoneError
+from .statement import (
+    STATEMENTS,
+    BrokenError,
+    Level,
+    NotApplicableError,
+    Outcome,
+    SkippedError,
+    Statement,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of a statement; why, and what it was measured against, where there is more."""
+
+    statement: Statement
+    outcome: Outcome
+    seen: str = ""
+    expected: str = ""
+    seconds: float = 0.0
+
+
+def select(patterns: Iterable[str]) -> list[Statement]:
+    """Return the statements whose ids match any shell pattern, all without patterns.
+
+    Those of a group, the part of the id before the dot, are together.
+    """
+    wanted = list(patterns) or ["*"]
+    groups = list(dict.fromkeys(statement.group for statement in STATEMENTS))
+    return sorted(
+        (
+            statement
+            for statement in STATEMENTS
+            if any(fnmatchcase(statement.id, pattern) for pattern in wanted)
+        ),
+        key=lambda statement: groups.index(statement.group),
+    )
+
+
+def run(backend: Backend, statements: Iterable[Statement]) -> Iterator[Result]:
+    """Try each statement and yield its result at once.
+
+    A statement that ends the backend has failed, and so have all after it, unless something
+    starts the backend again in time.
+    """
+    gone = ""
+    process = 0
+    for statement in statements:
+        missing = statement.missing(backend.features, backend.protocol)
+        if missing:
+            yield Result(statement, Outcome.NOT_OFFERED, ", ".join(missing))
+        elif statement.client and backend.data is None:
+            yield Result(statement, Outcome.SKIPPED, "--data does not say where a client attaches")
+        elif gone:
+            yield Result(statement, Outcome.FAIL, f"backend is gone: {gone}", "a backend")
+        else:
+            start = time.monotonic()
+            outcome, seen, expected, trouble = Outcome.FAIL, "", "", ""
+            try:
+                process = process or backend.process()
+                outcome, seen, expected = _try(backend, statement)
+                process, before = backend.process(), process
+                if process != before:
+                    trouble = "the backend ended, and was started again"
+                elif statement.hostile:
+                    _use(backend, statement)
+            except GoneError as error:
+                trouble = gone = str(error)
+            except (ConsoleError, OSError) as error:
+                trouble = f"the console does not work any more: {error}"
+            if trouble:
+                outcome, expected = Outcome.FAIL, "the backend to be as before"
+                seen = f"{seen + '; then ' if seen else ''}{trouble}"
+            yield Result(statement, outcome, seen, expected, time.monotonic() - start)
+
+
+def _try(backend: Backend, statement: Statement) -> tuple[Outcome, str, str]:
+    holds = "it to hold"
+    try:
+        with Bench(backend, statement) as bench:
+            statement.check(bench)
+    except BrokenError as error:
+        seen, holds = error.seen, error.expected
+    except NotApplicableError as error:
+        return Outcome.NOT_OFFERED, str(error), ""
+    except SkippedError as error:
+        return Outcome.SKIPPED, str(error), ""
+    except TimeoutError as error:
+        seen, holds = str(error), f"it within {backend.timeout:g} s"
+    except ConnectionError as error:
+        seen, holds = f"the backend hung up ({error})", "the connection to stay"
+    except (ConsoleError, OSError) as error:
+        seen = str(error)
+    except Exception as error:  # what a backend did that nobody thought of
+        seen = f"{type(error).__name__}: {error}"
+    else:
+        return Outcome.PASS, "", ""
+    return (Outcome.FAIL if statement.level is Level.MUST else Outcome.WARN), seen, holds
+
+
+def _use(backend: Backend, statement: Statement) -> None:
+    """Write something to a console that is as new."""
+    with Bench(backend, statement) as bench:
+        bench.console().write(b"\r\n")
