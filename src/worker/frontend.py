@@ -6,6 +6,7 @@ The session says what a message means; whoever is given here as `apply` does it.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -131,7 +132,7 @@ class Frontend:
     def _on_message(self, channel: Channel, message: Message) -> None:
         request, _size, reply, need_reply = message.header
         session = self._session
-        answer: bytes | None = None
+        answer: fx.Reply | None = None
         try:
             if reply:
                 raise FrontendError(f"vhost-user message {request} is a reply to nothing")
@@ -147,7 +148,11 @@ class Frontend:
         finally:
             message.close_fds()
         if answer is not None:
-            channel.send(wire.encode(request, answer, reply=True))
+            try:
+                channel.send(wire.encode(request, answer.payload, reply=True), answer.fd)
+            finally:
+                if answer.fd is not None:
+                    os.close(answer.fd)
         elif session.acknowledges(request, asked=need_reply):
             channel.send(wire.encode(request, wire.encode_u64(failed), reply=True))
 
@@ -158,7 +163,7 @@ class Frontend:
             self._log.warning("refused: %s", error)
         self._changed()
 
-    def _carry_out(self, steps: fx.Steps) -> bytes | None:
+    def _carry_out(self, steps: fx.Steps) -> fx.Reply | None:
         try:
             effect = next(steps)
             while True:
@@ -169,7 +174,7 @@ class Frontend:
                 else:
                     effect = steps.send(result)
         except StopIteration as done:
-            reply: bytes | None = done.value
+            reply: fx.Reply | None = done.value
             return reply
 
     def drop(self) -> None:

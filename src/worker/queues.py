@@ -1,7 +1,8 @@
 """The guest's memory and virtqueues: where they lie, who kicks and is called, which of them run.
 
 What a queue carries is the hall's to say, as a `Carrier`; when it is served and how its buffers
-become visible is said here.
+become visible is said here. So are the two channels beside the rings that a frontend can open: one
+for messages of ours, one for the device's state.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from typing import Any, NamedTuple, Protocol
 from .. import config
 from ..errors import GuestError, RefusedError
 from ..health import Health
-from .poller import HUP, Poller, drain_fd
+from .poller import HUP, IN, OUT, Poller, drain_fd
+from .transfer import Transfer
 from .vhost_user import message as wire
 from .vhost_user import session as fx
-from .virtqueue.memory import GuestMemory, map_region
-from .virtqueue.split import SplitQueue
+from .vhost_user.backend_channel import BackendChannel
+from .vhost_user.message import ProtocolFeature
+from .virtqueue.memory import GuestMemory, Region, map_region
+from .virtqueue.ring import Ring, place
 
 #: Buffers of one queue before the next queue has its turn.
 BUDGET = 64
@@ -53,33 +57,52 @@ IDLE = Work(never, _nothing, never)
 
 
 class Carrier(Protocol):
-    """What the queues carry, by their index."""
+    """What the queues carry, by their index, and what else is the device's."""
 
     def kind(self, index: int) -> tuple[bool, int]:
         """Return whether the device writes into the queue's buffers, and a chain's most bytes."""
 
-    def started(self, index: int, ring: SplitQueue) -> None:
+    def started(self, index: int, ring: Ring) -> None:
         """Hear that a queue runs from now on."""
 
-    def work(self, index: int, ring: SplitQueue, enabled: bool) -> Work:
+    def work(self, index: int, ring: Ring, enabled: bool) -> Work:
         """Return what serving the queue means while it is `enabled` or not."""
 
     def stopped(self, index: int) -> None:
         """Hear that a queue does not run any more."""
 
+    def reset(self) -> None:
+        """Forget what the guest said; no queue runs."""
+
+    def save(self) -> bytes:
+        """Return the device's state; no queue runs."""
+
+    def load(self, data: bytes) -> None:
+        """Become the device of that state; no queue runs. Raises RefusedError when it cannot be."""
+
+    def moved(self) -> None:
+        """Hear that the frontend went away with the whole state: the guest is elsewhere now."""
+
 
 class _Queue:
-    """One virtqueue: descriptors that outlive a stop, and the ring while it runs."""
+    """One virtqueue: descriptors that outlive a stop, and the ring while it runs.
+
+    `call_inband` and `error_inband` are true until the frontend says where to tell it, be it
+    nowhere (None).
+    """
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self.ring: SplitQueue | None = None
-        self.place: fx.StartRing | None = None
+        self.ring: Ring | None = None
+        self.start: fx.StartRing | None = None
         self.base = 0
         self.enabled = False
+        self.broken = False
         self.kick: int | None = None
         self.call: int | None = None
+        self.call_inband = True
         self.error: int | None = None
+        self.error_inband = True
         self.work = IDLE
 
 
@@ -100,16 +123,18 @@ def _notify(fd: int | None) -> None:
             return
 
 
-def _keep(fd: int | None) -> int | None:
+def _dup(fd: int) -> int:
     """Return a descriptor of our own for one that came with a message, never a blocking one."""
-    if fd is None:
-        return None
     try:
         kept = os.dup(fd)
     except OSError as error:
         raise RefusedError(f"no room for another file descriptor: {error}") from None
     os.set_blocking(kept, False)
     return kept
+
+
+def _keep(fd: int | None) -> int | None:
+    return None if fd is None else _dup(fd)
 
 
 class Queues:
@@ -129,10 +154,16 @@ class Queues:
         self._log = log
         self._changed = changed
         self._features = 0
+        self._protocol = ProtocolFeature(0)
+        self._regions: list[Region] = []
         self._memory: GuestMemory | None = None
         self._queues: dict[int, _Queue] = {}
         self._running: list[_Queue] = []
-        self._backend_channel: int | None = None
+        self._backend_channel: BackendChannel | None = None
+        self._config_changed = False
+        self._transfer = Transfer(
+            poller, log, lambda: carrier.save(), lambda data: carrier.load(data)
+        )
 
     # The loop's work
 
@@ -174,16 +205,28 @@ class Queues:
                 queue.work = self._carrier.work(queue.index, queue.ring, queue.enabled)
 
     def _publish(self, queue: _Queue) -> None:
-        if queue.ring is not None and queue.ring.publish() and queue.call is not None:
+        if queue.ring is not None and queue.ring.publish():
+            self._call(queue)
+
+    def _call(self, queue: _Queue) -> None:
+        if queue.call is not None:
             self._counters.calls += 1
             _notify(queue.call)
+        elif queue.call_inband and (channel := self._inband()):
+            self._counters.calls += 1
+            channel.call(queue.index)
+            self._after(channel)
 
     def _break(self, queue: _Queue, error: GuestError) -> None:
         self._log.error("queue %d is broken and stopped: %s", queue.index, error)
         self._counters.broken += 1
         self._publish(queue)  # what was completed before the mistake
         self._halt(queue)
+        queue.broken = True
         _notify(queue.error)
+        if queue.error_inband and (channel := self._inband()):
+            channel.error(queue.index)
+            self._after(channel)
         self._changed()
 
     def release(self) -> None:
@@ -194,10 +237,67 @@ class Queues:
             _close(queue.call)
             _close(queue.error)
         self._queues.clear()
-        self._memory = None
+        self._regions, self._memory = [], None
         self._features = 0
-        _close(self._backend_channel)
-        self._backend_channel = None
+        self._protocol = ProtocolFeature(0)
+        self._close_channel()
+        self._config_changed = False
+        saved = self._transfer.saved
+        self._transfer.stop()
+        if saved:
+            self._carrier.moved()
+
+    # Messages of ours to the frontend
+
+    def config_changed(self) -> None:
+        """Tell the frontend, if it can be told, that the configuration space has changed."""
+        self._config_changed = True
+        self._tell_config()
+
+    def _tell_config(self) -> None:
+        channel = self._backend_channel
+        # While all rings are stopped nothing is sent to the frontend ("Suspended device state").
+        if not self._config_changed or channel is None or not self._running:
+            return
+        if ProtocolFeature.CONFIG in self._protocol:
+            channel.config_changed()
+            self._after(channel)
+        self._config_changed = False
+
+    def _inband(self) -> BackendChannel | None:
+        if ProtocolFeature.INBAND_NOTIFICATIONS in self._protocol:
+            return self._backend_channel
+        return None
+
+    def _after(self, channel: BackendChannel) -> None:
+        """Wait for what the channel waits for, or give it up."""
+        if channel.broken is not None:
+            self._log.warning("the channel to the frontend is closed: %s", channel.broken)
+            self._close_channel()
+        else:
+            self._poller.want(channel.fileno(), IN | OUT if channel.blocked else IN)
+
+    def _open_channel(self, fd: int) -> None:
+        channel = BackendChannel(fd)
+
+        def ready(_: int) -> None:
+            channel.work()
+            self._after(channel)
+
+        try:
+            self._poller.watch(fd, ready)
+        except PermissionError:
+            channel.close()
+            raise RefusedError("the backend channel is no socket") from None
+        self._close_channel()
+        self._backend_channel = channel
+        self._tell_config()
+
+    def _close_channel(self) -> None:
+        channel, self._backend_channel = self._backend_channel, None
+        if channel is not None:
+            self._poller.forget(channel.fileno())
+            channel.close()
 
     # The session's effects
 
@@ -209,12 +309,26 @@ class Queues:
         match effect:
             case fx.SetFeatures(features):
                 self._features = features
+            case fx.SetProtocolFeatures(features):
+                self._protocol = features
             case fx.MapMemory(regions, fds):
-                self._map(regions, fds)
-            case fx.CheckRing(ring, size, addr):
-                self._place(self._queue(ring), size, addr)
+                self._use(
+                    [map_region(fd, *region) for fd, region in zip(fds, regions, strict=True)]
+                )
+            case fx.AddMemory(region, fd):
+                if len(self._regions) == wire.MOST_SLOTS:
+                    raise RefusedError(f"there are {wire.MOST_SLOTS} memory regions already")
+                self._use([*self._regions, map_region(fd, *region)])
+            case fx.RemoveMemory(region):
+                self._remove(region)
+            case fx.CheckRing(ring, size, addr, base):
+                self._place(self._queue(ring), size, addr, base)
             case fx.StartRing():
                 self._start(effect)
+            case fx.KickRing():
+                self._counters.kicks += 1
+                self.drain_all()
+                self._changed()
             case fx.EnableRing(ring, enabled):
                 self._enable(self._queue(ring), enabled)
             case fx.StopRing(ring):
@@ -223,18 +337,26 @@ class Queues:
                 queue = self._queue(ring)
                 kept = _keep(fd)
                 _close(queue.call)
-                queue.call = kept
+                queue.call, queue.call_inband = kept, False
                 if queue.ring is not None:
                     _notify(queue.call)  # the one before may have swallowed a call
             case fx.SetError(ring, fd):
                 queue = self._queue(ring)
                 kept = _keep(fd)
                 _close(queue.error)
-                queue.error = kept
+                queue.error, queue.error_inband = kept, False
             case fx.SetBackendChannel(fd):
-                kept = _keep(fd)
-                _close(self._backend_channel)
-                self._backend_channel = kept
+                self._open_channel(_dup(fd))
+            case fx.AnyBroken():
+                return any(queue.broken for queue in self._queues.values())
+            case fx.ResetDevice():
+                self._carrier.reset()
+            case fx.SaveState(fd):
+                self._transfer.send(_dup(fd))
+            case fx.LoadState(fd):
+                self._transfer.receive(_dup(fd))
+            case fx.CheckState():
+                return self._transfer.check()
         return None
 
     def _queue(self, index: int) -> _Queue:
@@ -243,35 +365,48 @@ class Queues:
             queue = self._queues[index] = _Queue(index)
         return queue
 
-    def _map(self, regions: list[wire.Region], fds: list[int]) -> None:
-        mapped = [map_region(fd, *region) for fd, region in zip(fds, regions, strict=True)]
-        memory = GuestMemory(mapped)
+    def _remove(self, region: wire.Region) -> None:
+        """Forget the region with these addresses and this size; "the mmap offset is ignored"."""
+        end = region.guest_addr + region.size
+        left = [
+            each
+            for each in self._regions
+            if (each.guest, each.guest_end, each.user) != (region.guest_addr, end, region.user_addr)
+        ]
+        if len(left) == len(self._regions):
+            raise RefusedError(f"there is no memory region {region}")
+        self._use(left)
+
+    def _use(self, regions: list[Region]) -> None:
+        """Go on with this memory; rings that are not in it any more are stopped."""
+        memory = GuestMemory(regions) if regions else None
         self.drain_all()  # under the old table, as the guest meant it
-        self._memory = memory
+        self._regions, self._memory = regions, memory
         lost = []
         for queue in [*self._running]:
-            place = queue.place
-            if place is None:
+            start = queue.start
+            if start is None:
                 continue
             self._halt(queue)
             try:
-                self._begin(queue, place._replace(enabled=queue.enabled))
+                self._begin(queue, start._replace(enabled=queue.enabled, base=queue.base))
             except RefusedError:
                 lost.append(queue.index)
         if lost:
             raise RefusedError(f"the new memory table has no place for running queues {lost}")
 
-    def _place(self, queue: _Queue, size: int, addr: wire.VringAddr) -> SplitQueue:
+    def _place(self, queue: _Queue, size: int, addr: wire.VringAddr, base: int) -> Ring:
         if self._memory is None:
             raise RefusedError(f"queue {queue.index} has addresses but there is no memory table")
         writable, most_bytes = self._carrier.kind(queue.index)
-        return SplitQueue(
+        return place(
             self._memory,
             size,
             addr.desc,
             addr.avail,
             addr.used,
             features=self._features,
+            base=base,
             writable=writable,
             most_bytes=most_bytes,
         )
@@ -279,19 +414,22 @@ class Queues:
     def _start(self, effect: fx.StartRing) -> None:
         queue = self._queue(effect.ring)
         if queue.ring is None:
-            self._place(queue, effect.size, effect.addr)  # refused before anything is replaced
+            # Refused before anything is replaced.
+            self._place(queue, effect.size, effect.addr, effect.base)
         self._watch_kick(queue, effect.kick)
         if queue.ring is None:
             self._begin(queue, effect)
 
-    def _begin(self, queue: _Queue, place: fx.StartRing) -> None:
-        ring = self._place(queue, place.size, place.addr)
+    def _begin(self, queue: _Queue, start: fx.StartRing) -> None:
+        ring = self._place(queue, start.size, start.addr, start.base)
         ring.refuse_kicks()
-        queue.place, queue.ring, queue.enabled = place, ring, place.enabled
+        queue.start, queue.ring, queue.enabled = start, ring, start.enabled
         self._carrier.started(queue.index, ring)
         if queue.enabled:
             queue.work = self._carrier.work(queue.index, ring, True)
         self._running.append(queue)
+        self._transfer.stop()
+        self._tell_config()
 
     def _enable(self, queue: _Queue, enabled: bool) -> None:
         ring = queue.ring
@@ -304,6 +442,7 @@ class Queues:
 
     def _stop(self, queue: _Queue) -> int:
         self._halt(queue)
+        queue.broken = False
         self._watch_kick(queue, None)
         return queue.base
 

@@ -109,10 +109,14 @@ class Channel:
         self._buffer += data
         return True
 
-    def send(self, message: bytes) -> None:
-        """Send one reply. Raises FrontendError when the frontend does not read its replies."""
+    def send(self, message: bytes, fd: int | None = None) -> None:
+        """Send one reply, with `fd` (still the caller's) if there is one.
+
+        Raises FrontendError when the frontend does not read its replies.
+        """
+        fds = [] if fd is None else [fd]
         try:
-            sent = self._sock.send(message, socket.MSG_NOSIGNAL)
+            sent = socket.send_fds(self._sock, [message], fds, socket.MSG_NOSIGNAL)
         except BlockingIOError:
             sent = 0
         except ConnectionError:

@@ -24,8 +24,6 @@ HEADER_SIZE = _HEADER.size
 #: No message of the protocol is longer; checked before anything is allocated.
 LARGEST_PAYLOAD = 4096
 
-#: The most file descriptors one message can carry (one a region of SET_MEM_TABLE).
-MOST_FDS = 8
 MOST_REGIONS = 8
 
 
@@ -101,6 +99,15 @@ class ProtocolFeature(IntFlag):
 
 #: The virtio feature bit that says protocol features can be negotiated.
 PROTOCOL_FEATURES_BIT = 1 << 30
+
+#: The virtio feature bit by which a frontend starts and stops the logging of written pages.
+LOG_ALL_BIT = 1 << 26
+
+#: The most queues there can be: SET_VRING_KICK names them in eight bits.
+MOST_QUEUES = 256
+
+#: The most memory regions that ADD_MEM_REG can make, as libvhost-user has it.
+MOST_SLOTS = 509
 
 
 class Header(NamedTuple):
@@ -181,10 +188,14 @@ class VringState(NamedTuple):
 _ADDR = struct.Struct("=IIQQQQ")
 
 
+#: In `VringAddr.flags`: writes to the used ring are logged, as if it lay at `VringAddr.log`.
+VRING_F_LOG = 1
+
+
 class VringAddr(NamedTuple):
     """Where a ring's three parts are, as addresses of the frontend's own process.
 
-    On the wire the used ring stands before the available ring.
+    `log` is a guest address. On the wire the used ring stands before the available ring.
     """
 
     ring: int
@@ -205,7 +216,9 @@ class VringAddr(NamedTuple):
 
 
 _VRING_INDEX_MASK = 0xFF
-_VRING_NO_FD = 1 << 8
+
+#: In the u64 of SET_VRING_KICK, CALL and ERR, and in the answer to SET_DEVICE_STATE_FD: no fd.
+NO_FD = 1 << 8
 
 
 class VringFd(NamedTuple):
@@ -216,15 +229,15 @@ class VringFd(NamedTuple):
 
     def encode(self) -> bytes:
         """Return the 8-byte payload."""
-        return encode_u64(self.ring | (0 if self.has_fd else _VRING_NO_FD))
+        return encode_u64(self.ring | (0 if self.has_fd else NO_FD))
 
     @classmethod
     def decode(cls, payload: bytes) -> VringFd:
         """Return the payload's meaning. Raises FrontendError on another size or unknown bits."""
         value = decode_u64(payload)
-        if value & ~(_VRING_INDEX_MASK | _VRING_NO_FD):
+        if value & ~(_VRING_INDEX_MASK | NO_FD):
             raise RefusedError(f"vring fd message has unknown bits: {value:#x}")
-        return cls(value & _VRING_INDEX_MASK, not value & _VRING_NO_FD)
+        return cls(value & _VRING_INDEX_MASK, not value & NO_FD)
 
 
 _TABLE = struct.Struct("=II")
@@ -263,6 +276,95 @@ def decode_regions(payload: bytes) -> list[Region]:
         Region(*_REGION.unpack_from(payload, _TABLE.size + index * _REGION.size))
         for index in range(count)
     ]
+
+
+_SINGLE_REGION = struct.Struct("=QQQQQ")
+
+
+def encode_region(region: Region) -> bytes:
+    """Return the payload of ADD_MEM_REG and REM_MEM_REG: 8 bytes of padding, one region."""
+    return _SINGLE_REGION.pack(0, *region)
+
+
+def decode_region(payload: bytes) -> Region:
+    """Return the region of ADD_MEM_REG or REM_MEM_REG. Raises FrontendError on another size."""
+    return Region(*_exactly(_SINGLE_REGION, payload, "a memory region")[1:])
+
+
+_LOG = struct.Struct("=QQ")
+
+
+class LogArea(NamedTuple):
+    """Payload of SET_LOG_BASE: how large the dirty bitmap is and where in its fd, in bytes."""
+
+    size: int
+    offset: int
+
+    def encode(self) -> bytes:
+        """Return the 16-byte payload."""
+        return _LOG.pack(*self)
+
+    @classmethod
+    def decode(cls, payload: bytes) -> LogArea:
+        """Return the payload's meaning. Raises FrontendError on another size."""
+        return cls(*_exactly(_LOG, payload, "a log area"))
+
+
+_INFLIGHT = struct.Struct("=QQHH")
+_INFLIGHT_PADDING = 4
+
+
+class InflightArea(NamedTuple):
+    """Payload of GET_INFLIGHT_FD and SET_INFLIGHT_FD.
+
+    Where in its fd the area is, in bytes, and for how many queues of how many entries.
+    """
+
+    size: int
+    offset: int
+    queues: int
+    queue_size: int
+
+    def encode(self) -> bytes:
+        """Return the payload as C compilers lay it out, in 24 bytes."""
+        return _INFLIGHT.pack(*self) + bytes(_INFLIGHT_PADDING)
+
+    @classmethod
+    def decode(cls, payload: bytes) -> InflightArea:
+        """Return the payload's meaning, with or without the four bytes of padding at its end.
+
+        Raises FrontendError on another size.
+        """
+        if len(payload) == _INFLIGHT.size + _INFLIGHT_PADDING:
+            payload = payload[: _INFLIGHT.size]
+        return cls(*_exactly(_INFLIGHT, payload, "an inflight area"))
+
+
+class Direction(IntEnum):
+    """Which way SET_DEVICE_STATE_FD moves the device's state."""
+
+    SAVE = 0  #: from the backend to the frontend
+    LOAD = 1
+
+
+#: The one phase of a transfer there is: all rings are stopped.
+PHASE_STOPPED = 0
+
+
+class StateTransfer(NamedTuple):
+    """Payload of SET_DEVICE_STATE_FD: a `Direction` and a phase, as they came."""
+
+    direction: int
+    phase: int
+
+    def encode(self) -> bytes:
+        """Return the 8-byte payload."""
+        return _STATE.pack(*self)
+
+    @classmethod
+    def decode(cls, payload: bytes) -> StateTransfer:
+        """Return the payload's meaning. Raises FrontendError on another size."""
+        return cls(*_exactly(_STATE, payload, "a state transfer"))
 
 
 _CONFIG = struct.Struct("=III")

@@ -1,11 +1,11 @@
 """What each vhost-user message means: a message in, effects and a reply out.
 
 A handler is a generator. It yields the effects it wants and is sent their results; what it returns
-is the reply's payload, None where the protocol has none. It changes the session only after the last
-of its effects was carried out, so a refused message changes nothing.
+is the reply, None where the protocol has none. It changes the session only after the last of its
+effects was carried out, so a refused message changes nothing.
 
-Source: QEMU docs/interop/vhost-user.rst, the sections "Starting and stopping rings", "Multiple
-queue support" and "Message types".
+Source: QEMU docs/interop/vhost-user.rst, the sections "Ring states", "Multiple queue support",
+"Migration", "In-band notifications" and "Front-end message types".
 """
 
 from __future__ import annotations
@@ -20,9 +20,15 @@ from .message import ProtocolFeature, Request, VringAddr
 
 
 class SetFeatures(NamedTuple):
-    """The guest's choice of virtio features."""
+    """The guest's choice of virtio features; with LOG_ALL, written pages are logged."""
 
     features: int
+
+
+class SetProtocolFeatures(NamedTuple):
+    """The frontend's choice of protocol features."""
+
+    features: ProtocolFeature
 
 
 class MapMemory(NamedTuple):
@@ -32,22 +38,53 @@ class MapMemory(NamedTuple):
     fds: list[int]
 
 
+class AddMemory(NamedTuple):
+    """One more memory region."""
+
+    region: wire.Region
+    fd: int
+
+
+class RemoveMemory(NamedTuple):
+    """One memory region less: that with these addresses and this size, wherever in its file."""
+
+    region: wire.Region
+
+
 class CheckRing(NamedTuple):
-    """Are a ring's three areas in memory? It is not running."""
+    """Are a ring's three areas in memory? It is not running, or will be stopped."""
 
     ring: int
     size: int
     addr: VringAddr
+    base: int
 
 
 class StartRing(NamedTuple):
-    """Run a ring from now on, or give a running one another kick fd."""
+    """Run a ring from now on, or give a running one another kick fd; None: kicks are messages.
+
+    `base` is where a ring goes on that cannot tell by itself.
+    """
 
     ring: int
     size: int
     addr: VringAddr
-    kick: int
+    base: int
+    kick: int | None
     enabled: bool
+
+
+class KickRing(NamedTuple):
+    """Serve a running ring now: the guest gave it buffers."""
+
+    ring: int
+
+
+class LogRing(NamedTuple):
+    """Log a running ring's used writes as if the used ring lay at `log`, or do not (None)."""
+
+    ring: int
+    log: int | None
 
 
 class EnableRing(NamedTuple):
@@ -71,7 +108,7 @@ class SetCall(NamedTuple):
 
 
 class SetError(NamedTuple):
-    """Where to tell the frontend that a ring is broken."""
+    """Where to tell the frontend that a ring is broken; None: nowhere."""
 
     ring: int
     fd: int | None
@@ -83,6 +120,57 @@ class SetBackendChannel(NamedTuple):
     fd: int
 
 
+class SetLog(NamedTuple):
+    """The bitmap of written pages, in place of any before it."""
+
+    area: wire.LogArea
+    fd: int
+
+
+class SetLogEvent(NamedTuple):
+    """Where to tell the frontend that the bitmap has changed."""
+
+    fd: int
+
+
+class MakeInflight(NamedTuple):
+    """Make an area for buffers in flight; the result is (size, offset, fd), the fd to be closed."""
+
+    queues: int
+    queue_size: int
+
+
+class SetInflight(NamedTuple):
+    """Where the rings started from now on keep what is in flight."""
+
+    area: wire.InflightArea
+    fd: int
+
+
+class AnyBroken(NamedTuple):
+    """The result says whether a queue had to be stopped for what its guest did."""
+
+
+class ResetDevice(NamedTuple):
+    """Forget what the guest said; all rings are stopped."""
+
+
+class SaveState(NamedTuple):
+    """Write the device's state into a pipe or socket; all rings are stopped."""
+
+    fd: int
+
+
+class LoadState(NamedTuple):
+    """Read the device's state from a pipe or socket; all rings are stopped."""
+
+    fd: int
+
+
+class CheckState(NamedTuple):
+    """The result says whether the last state was saved or loaded whole."""
+
+
 class ReadConfig(NamedTuple):
     """The result is that span of the device's configuration space."""
 
@@ -91,34 +179,57 @@ class ReadConfig(NamedTuple):
 
 
 class WriteConfig(NamedTuple):
-    """A write of the guest's, or the frontend's, to the configuration space."""
+    """A write of the guest's, or (flags 1) of a migration's, to the configuration space."""
 
     offset: int
     data: bytes
+    flags: int
 
 
 Effect = (
     SetFeatures
+    | SetProtocolFeatures
     | MapMemory
+    | AddMemory
+    | RemoveMemory
     | CheckRing
     | StartRing
+    | KickRing
+    | LogRing
     | EnableRing
     | StopRing
     | SetCall
     | SetError
     | SetBackendChannel
+    | SetLog
+    | SetLogEvent
+    | MakeInflight
+    | SetInflight
+    | AnyBroken
+    | ResetDevice
+    | SaveState
+    | LoadState
+    | CheckState
     | ReadConfig
     | WriteConfig
 )
 
-#: What a handler is: it yields effects, is sent results, returns the reply's payload.
-Steps = Generator[Effect, Any, bytes | None]
+
+class Reply(NamedTuple):
+    """What goes back to the frontend; `fd` is to be closed once it has been sent."""
+
+    payload: bytes
+    fd: int | None = None
 
 
-def _done(reply: bytes | None = None) -> Steps:
+#: What a handler is: it yields effects, is sent results, returns the reply.
+Steps = Generator[Effect, Any, Reply | None]
+
+
+def _done(payload: bytes | None = None) -> Steps:
     """Return the steps of a message that needs nothing done outside the session."""
     yield from ()
-    return reply
+    return None if payload is None else Reply(payload)
 
 
 PROTOCOL_FEATURES = (
@@ -126,16 +237,31 @@ PROTOCOL_FEATURES = (
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
+    | ProtocolFeature.BACKEND_SEND_FD
+    | ProtocolFeature.RESET_DEVICE
+    | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS
+    | ProtocolFeature.DEVICE_STATE
 )
+
+#: What in-band notifications need: a way to send them and a way to wait for them.
+_INBAND_NEEDS = ProtocolFeature.BACKEND_REQ | ProtocolFeature.REPLY_ACK
 
 #: Requests that may carry file descriptors.
 _WITH_FDS = frozenset(
     {
         Request.SET_MEM_TABLE,
+        Request.SET_LOG_BASE,
+        Request.SET_LOG_FD,
         Request.SET_VRING_KICK,
         Request.SET_VRING_CALL,
         Request.SET_VRING_ERR,
         Request.SET_BACKEND_REQ_FD,
+        Request.SET_INFLIGHT_FD,
+        Request.ADD_MEM_REG,
+        # "For compatibility with existing incorrect implementations"; it is closed, unused.
+        Request.REM_MEM_REG,
+        Request.SET_DEVICE_STATE_FD,
     }
 )
 
@@ -147,29 +273,91 @@ _ANSWERED = frozenset(
         Request.GET_QUEUE_NUM,
         Request.GET_VRING_BASE,
         Request.GET_CONFIG,
+        Request.SET_LOG_BASE,
+        Request.GET_INFLIGHT_FD,
+        Request.GET_MAX_MEM_SLOTS,
+        Request.GET_STATUS,
+        Request.SET_DEVICE_STATE_FD,
+        Request.CHECK_DEVICE_STATE,
     }
 )
+
+#: Requests that only exist once a protocol feature was chosen. GET_QUEUE_NUM and
+#: SET_BACKEND_REQ_FD are not here: for them it is enough that theirs is offered.
+_NEEDS: dict[int, ProtocolFeature] = {
+    Request.SET_LOG_BASE: ProtocolFeature.LOG_SHMFD,
+    Request.SET_LOG_FD: ProtocolFeature.LOG_SHMFD,
+    Request.GET_CONFIG: ProtocolFeature.CONFIG,
+    Request.SET_CONFIG: ProtocolFeature.CONFIG,
+    Request.GET_INFLIGHT_FD: ProtocolFeature.INFLIGHT_SHMFD,
+    Request.SET_INFLIGHT_FD: ProtocolFeature.INFLIGHT_SHMFD,
+    Request.RESET_DEVICE: ProtocolFeature.RESET_DEVICE,
+    Request.VRING_KICK: ProtocolFeature.INBAND_NOTIFICATIONS,
+    Request.GET_MAX_MEM_SLOTS: ProtocolFeature.CONFIGURE_MEM_SLOTS,
+    Request.ADD_MEM_REG: ProtocolFeature.CONFIGURE_MEM_SLOTS,
+    Request.REM_MEM_REG: ProtocolFeature.CONFIGURE_MEM_SLOTS,
+    Request.SET_STATUS: ProtocolFeature.STATUS,
+    Request.GET_STATUS: ProtocolFeature.STATUS,
+    Request.SET_DEVICE_STATE_FD: ProtocolFeature.DEVICE_STATE,
+    Request.CHECK_DEVICE_STATE: ProtocolFeature.DEVICE_STATE,
+}
+
+#: The virtio feature bit that chooses the packed format for all rings.
+_RING_PACKED = 1 << 34
+
+#: Where a packed ring begins that nobody says more of: both indices 0, both wrap counters 1.
+_PACKED_START = 0x8000_8000
+
+#: The bits of the device status (VIRTIO 1.2, section 2.1).
+_STATUS_BITS = 0x01 | 0x02 | 0x04 | 0x08 | 0x40 | 0x80
+_NEEDS_RESET = 0x40
+
+_TRANSFERS: dict[int, type[SaveState | LoadState]] = {
+    wire.Direction.SAVE: SaveState,
+    wire.Direction.LOAD: LoadState,
+}
+
+#: The answer to SET_DEVICE_STATE_FD: the frontend's own fd will do, or the transfer cannot be.
+_STATE_ACCEPTED = wire.NO_FD
+_STATE_REFUSED = wire.NO_FD | 1
 
 
 @dataclass(slots=True)
 class _Ring:
+    """`base` is None until somebody says where the ring begins."""
+
     size: int = 0
     addr: VringAddr | None = None
+    base: int | None = None
     running: bool = False
     enabled: bool = False
 
 
 class Session:
-    """One frontend's connection: what was offered, what it chose, and where its rings are."""
+    """One frontend's connection: what was offered, what it chose, and where its rings are.
 
-    def __init__(self, features: int, queues: int, largest: int) -> None:
-        """Offer `features` and `queues` queues of at most `largest` entries."""
-        self.features = features | wire.PROTOCOL_FEATURES_BIT
+    `named` is how many queues the frontend has, as far as it told before it started a ring or read
+    the configuration: QEMU names all of them as it connects. None: it named none.
+    """
+
+    def __init__(self, features: int, queues: int, largest: int, *, inband: bool = False) -> None:
+        """Offer `features` and `queues` queues of at most `largest` entries.
+
+        A frontend may describe more queues than that, up to 256: QEMU describes as many as its
+        user said. `inband` offers in-band notifications too, which cost a round trip each.
+        """
+        self.features = features | wire.LOG_ALL_BIT | wire.PROTOCOL_FEATURES_BIT
+        self.protocol_features = PROTOCOL_FEATURES | (
+            ProtocolFeature.INBAND_NOTIFICATIONS if inband else ProtocolFeature(0)
+        )
         self.queues = queues
         self.largest = largest
         self.chosen = 0
         self.protocol = ProtocolFeature(0)
-        self._rings = [_Ring() for _ in range(queues)]
+        self.named: int | None = None
+        self._naming = True
+        self._status = 0
+        self._rings: dict[int, _Ring] = {}
 
     def acknowledges(self, request: int, *, asked: bool) -> bool:
         """Say whether `request`, once handled, gets a u64 that tells how it went."""
@@ -185,20 +373,54 @@ class Session:
         handler = self._HANDLERS.get(request)
         if handler is None:
             raise RefusedError(f"vhost-user request {request} is unknown or not supported")
+        needed = _NEEDS.get(request)
+        if needed is not None and needed not in self.protocol:
+            raise RefusedError(f"vhost-user request {request} without {needed.name}")
         if fds and request not in _WITH_FDS:
             raise RefusedError(f"vhost-user request {request} came with {len(fds)} fds")
         return handler(self, payload, fds)
 
     def _ring(self, index: int) -> _Ring:
-        if index >= self.queues:
-            raise RefusedError(f"there is no queue {index}, only {self.queues}")
-        return self._rings[index]
+        if index >= wire.MOST_QUEUES:
+            raise RefusedError(f"there is no queue {index}, only {wire.MOST_QUEUES}")
+        if self._naming:
+            self.named = max(self.named or 0, index + 1)
+        return self._rings.setdefault(index, _Ring())
 
-    def _stopped(self, index: int) -> _Ring:
-        ring = self._ring(index)
+    def _running(self) -> list[int]:
+        return [index for index, ring in self._rings.items() if ring.running]
+
+    def _packed(self) -> bool:
+        return bool(self.chosen & _RING_PACKED)
+
+    def _base(self, ring: _Ring) -> int:
+        if ring.base is None:
+            return _PACKED_START if self._packed() else 0
+        return ring.base
+
+    def _stop(self, index: int) -> Steps:
+        ring = self._rings[index]
+        ring.base = yield StopRing(index)
+        ring.running = False
+        return None
+
+    def _describe(self, index: int, ring: _Ring) -> Steps:
+        """Stop a ring that is described anew.
+
+        UML's driver, unbound and bound again, never says that a ring has stopped; it only disables
+        it. A ring that is at work cannot be changed.
+        """
         if ring.running:
-            raise RefusedError(f"queue {index} cannot be changed while it runs")
-        return ring
+            if ring.enabled or not self._can_disable():
+                raise RefusedError(f"queue {index} cannot be changed while it runs")
+            yield from self._stop(index)
+        return None
+
+    def _can_disable(self) -> bool:
+        # Without protocol features there is no SET_VRING_ENABLE: rings are always enabled.
+        return bool(self.chosen & wire.PROTOCOL_FEATURES_BIT)
+
+    # Features
 
     def _get_features(self, payload: bytes, _: list[int]) -> Steps:
         _no_payload(payload)
@@ -208,23 +430,29 @@ class Session:
         chosen = wire.decode_u64(payload)
         if chosen & ~self.features:
             raise RefusedError(f"features {chosen & ~self.features:#x} were never offered")
-        if chosen != self.chosen and any(ring.running for ring in self._rings):
-            raise RefusedError("features cannot change while a queue runs")
+        if (chosen ^ self.chosen) & ~wire.LOG_ALL_BIT and self._running():
+            raise RefusedError("features other than LOG_ALL cannot change while a queue runs")
         yield SetFeatures(chosen)
         self.chosen = chosen
         return None
 
     def _get_protocol_features(self, payload: bytes, _: list[int]) -> Steps:
         _no_payload(payload)
-        return _done(wire.encode_u64(PROTOCOL_FEATURES))
+        return _done(wire.encode_u64(self.protocol_features))
 
     def _set_protocol_features(self, payload: bytes, _: list[int]) -> Steps:
         chosen = wire.decode_u64(payload)
-        unknown = chosen & ~int(PROTOCOL_FEATURES)  # ~ of a flag forgets the bits without a name
+        # ~ of a flag forgets the bits without a name
+        unknown = chosen & ~int(self.protocol_features)
         if unknown:
             raise RefusedError(f"protocol features {unknown:#x} were never offered")
-        self.protocol = ProtocolFeature(chosen)
-        return _done()
+        features = ProtocolFeature(chosen)
+        if ProtocolFeature.INBAND_NOTIFICATIONS in features and _INBAND_NEEDS not in features:
+            # "it has no other way of signalling this error": the connection is closed.
+            raise FrontendError("in-band notifications without BACKEND_REQ and REPLY_ACK")
+        yield SetProtocolFeatures(features)
+        self.protocol = features
+        return None
 
     def _nothing(self, payload: bytes, _: list[int]) -> Steps:
         _no_payload(payload)
@@ -234,6 +462,8 @@ class Session:
         _no_payload(payload)
         return _done(wire.encode_u64(self.queues))
 
+    # Memory
+
     def _set_mem_table(self, payload: bytes, fds: list[int]) -> Steps:
         regions = wire.decode_regions(payload)
         if len(fds) != len(regions):
@@ -241,49 +471,95 @@ class Session:
         yield MapMemory(regions, fds)
         return None
 
+    def _get_max_mem_slots(self, payload: bytes, _: list[int]) -> Steps:
+        _no_payload(payload)
+        return _done(wire.encode_u64(wire.MOST_SLOTS))
+
+    def _add_mem_reg(self, payload: bytes, fds: list[int]) -> Steps:
+        region = wire.decode_region(payload)
+        yield AddMemory(region, _one(fds, "a memory region"))
+        return None
+
+    def _rem_mem_reg(self, payload: bytes, fds: list[int]) -> Steps:
+        region = wire.decode_region(payload)
+        if len(fds) > 1:
+            raise RefusedError(f"a memory region to remove came with {len(fds)} fds")
+        yield RemoveMemory(region)
+        return None
+
+    # Rings
+
     def _set_vring_num(self, payload: bytes, _: list[int]) -> Steps:
         index, size = wire.VringState.decode(payload)
-        ring = self._stopped(index)
-        if not 0 < size <= self.largest or size & (size - 1):
-            raise RefusedError(
-                f"queue {index} cannot have {size} entries: a power of two up to {self.largest}"
-            )
+        ring = self._ring(index)
+        self._check_size(index, size)
+        yield from self._describe(index, ring)
         ring.size = size
-        return _done()
+        return None
+
+    def _check_size(self, index: int, size: int) -> None:
+        if not 0 < size <= self.largest or (size & (size - 1) and not self._packed()):
+            what = "any number" if self._packed() else "a power of two"
+            raise RefusedError(
+                f"queue {index} cannot have {size} entries: {what} up to {self.largest}"
+            )
 
     def _set_vring_addr(self, payload: bytes, _: list[int]) -> Steps:
         addr = VringAddr.decode(payload)
-        ring = self._stopped(addr.ring)
+        ring = self._ring(addr.ring)
         if not ring.size:
             raise RefusedError(f"queue {addr.ring} was given addresses before a size")
-        yield CheckRing(addr.ring, ring.size, addr)
+        if ring.running and ring.addr is not None and _same_place(ring.addr, addr):
+            # How a migration begins and ends.
+            yield LogRing(addr.ring, _log_of(addr))
+        else:
+            yield CheckRing(addr.ring, ring.size, addr, self._base(ring))
+            yield from self._describe(addr.ring, ring)
         ring.addr = addr
         return None
 
     def _set_vring_base(self, payload: bytes, _: list[int]) -> Steps:
-        index, _base = wire.VringState.decode(payload)
-        self._stopped(index)
-        # The ring itself says where to go on: what is in its used index is done, nothing else is.
-        return _done()
+        index, base = wire.VringState.decode(payload)
+        ring = self._ring(index)
+        if base > 0xFFFF and not self._packed():
+            raise RefusedError(f"queue {index} cannot begin at {base}: indices have 16 bits")
+        yield from self._describe(index, ring)
+        ring.base = base
+        return None
 
     def _get_vring_base(self, payload: bytes, _: list[int]) -> Steps:
         index, _num = wire.VringState.decode(payload)
         ring = self._ring(index)
-        base = yield StopRing(index)
-        ring.running = False
-        return wire.VringState(index, base).encode()
+        if ring.running:
+            yield from self._stop(index)
+        return Reply(wire.VringState(index, self._base(ring)).encode())
 
     def _set_vring_kick(self, payload: bytes, fds: list[int]) -> Steps:
         index, fd = _vring_fd(payload, fds)
         ring = self._ring(index)
-        if fd is None:
+        if fd is None and ProtocolFeature.INBAND_NOTIFICATIONS not in self.protocol:
             raise RefusedError(f"queue {index} has no kick fd: rings are not polled here")
+        yield from self._start(index, ring, fd)
+        return None
+
+    def _start(self, index: int, ring: _Ring, kick: int | None) -> Steps:
         if ring.addr is None:
             raise RefusedError(f"queue {index} cannot start: it has no addresses")
-        # Without protocol features there is no SET_VRING_ENABLE: rings start enabled.
-        enabled = ring.enabled or not self.chosen & wire.PROTOCOL_FEATURES_BIT
-        yield StartRing(index, ring.size, ring.addr, fd, enabled)
+        self._check_size(index, ring.size)  # the features may have come after it
+        enabled = ring.enabled or not self._can_disable()
+        yield StartRing(index, ring.size, ring.addr, self._base(ring), kick, enabled)
         ring.running = True
+        self._naming = False
+        return None
+
+    def _vring_kick(self, payload: bytes, _: list[int]) -> Steps:
+        index, num = wire.VringState.decode(payload)
+        ring = self._ring(index)
+        if num:
+            raise RefusedError(f"a kick of queue {index} has the reserved number {num}")
+        if not ring.running:
+            yield from self._start(index, ring, None)
+        yield KickRing(index)
         return None
 
     def _set_vring_call(self, payload: bytes, fds: list[int]) -> Steps:
@@ -310,22 +586,93 @@ class Session:
 
     def _set_backend_req_fd(self, payload: bytes, fds: list[int]) -> Steps:
         _no_payload(payload)
-        if len(fds) != 1:
-            raise RefusedError(f"the backend channel is one fd, not {len(fds)}")
-        yield SetBackendChannel(fds[0])
+        yield SetBackendChannel(_one(fds, "the backend channel"))
         return None
+
+    # Migration
+
+    def _set_log_base(self, payload: bytes, fds: list[int]) -> Steps:
+        area = wire.LogArea.decode(payload)
+        yield SetLog(area, _one(fds, "a log"))
+        # QEMU reads any answer; the rust-vmm frontend wants its own words back.
+        return Reply(payload)
+
+    def _set_log_fd(self, payload: bytes, fds: list[int]) -> Steps:
+        _no_payload(payload)
+        yield SetLogEvent(_one(fds, "a log's event"))
+        return None
+
+    def _get_inflight_fd(self, payload: bytes, _: list[int]) -> Steps:
+        _size, _offset, queues, queue_size = wire.InflightArea.decode(payload)
+        try:
+            size, offset, fd = yield MakeInflight(queues, queue_size)
+        except RefusedError:
+            size, offset, fd = 0, 0, None  # QEMU then does without
+        area = wire.InflightArea(size, offset, queues, queue_size)
+        return Reply(area.encode()[: len(payload)], fd)
+
+    def _set_inflight_fd(self, payload: bytes, fds: list[int]) -> Steps:
+        area = wire.InflightArea.decode(payload)
+        yield SetInflight(area, _one(fds, "an inflight area"))
+        return None
+
+    def _set_device_state_fd(self, payload: bytes, fds: list[int]) -> Steps:
+        direction, phase = wire.StateTransfer.decode(payload)
+        effect = _TRANSFERS.get(direction)
+        if len(fds) != 1 or effect is None or phase != wire.PHASE_STOPPED or self._running():
+            return Reply(wire.encode_u64(_STATE_REFUSED))
+        try:
+            yield effect(fds[0])
+        except RefusedError:
+            return Reply(wire.encode_u64(_STATE_REFUSED))
+        return Reply(wire.encode_u64(_STATE_ACCEPTED))
+
+    def _check_device_state(self, payload: bytes, _: list[int]) -> Steps:
+        _no_payload(payload)
+        whole = yield CheckState()
+        return Reply(wire.encode_u64(0 if whole else 1))
+
+    # The device
+
+    def _reset_device(self, payload: bytes, _: list[int]) -> Steps:
+        _no_payload(payload)
+        for index in self._running():
+            yield from self._stop(index)
+        yield SetFeatures(0)
+        yield ResetDevice()
+        self._rings.clear()
+        self.chosen = self._status = 0
+        return None
+
+    def _set_status(self, payload: bytes, _: list[int]) -> Steps:
+        status = wire.decode_u64(payload)
+        if status & ~_STATUS_BITS:
+            raise RefusedError(f"the device status {status:#x} has unknown bits")
+        if not status:
+            # The console itself is not reset: QEMU says this whenever a guest is paused, and a
+            # guest that really resets its device has rings that begin anew.
+            for index in self._running():
+                yield from self._stop(index)
+        self._status = status
+        return None
+
+    def _get_status(self, payload: bytes, _: list[int]) -> Steps:
+        _no_payload(payload)
+        broken = yield AnyBroken()
+        return Reply(wire.encode_u64(self._status | (_NEEDS_RESET if broken else 0)))
 
     def _get_config(self, payload: bytes, _: list[int]) -> Steps:
         offset, flags, data = wire.ConfigSpan.decode(payload)
+        self._naming = False
         try:
             found = yield ReadConfig(offset, len(data))
         except RefusedError:
-            return b""  # "zero length of payload to indicate an error"
-        return wire.ConfigSpan(offset, flags, found).encode()
+            return Reply(b"")  # "zero length of payload to indicate an error"
+        return Reply(wire.ConfigSpan(offset, flags, found).encode())
 
     def _set_config(self, payload: bytes, _: list[int]) -> Steps:
-        offset, _flags, data = wire.ConfigSpan.decode(payload)
-        yield WriteConfig(offset, data)
+        offset, flags, data = wire.ConfigSpan.decode(payload)
+        yield WriteConfig(offset, data, flags)
         return None
 
     _HANDLERS: ClassVar[dict[int, Callable[[Session, bytes, list[int]], Steps]]] = {
@@ -335,6 +682,8 @@ class Session:
         # Deprecated; the specification recommends to ignore it.
         Request.RESET_OWNER: _nothing,
         Request.SET_MEM_TABLE: _set_mem_table,
+        Request.SET_LOG_BASE: _set_log_base,
+        Request.SET_LOG_FD: _set_log_fd,
         Request.SET_VRING_NUM: _set_vring_num,
         Request.SET_VRING_ADDR: _set_vring_addr,
         Request.SET_VRING_BASE: _set_vring_base,
@@ -349,6 +698,17 @@ class Session:
         Request.SET_BACKEND_REQ_FD: _set_backend_req_fd,
         Request.GET_CONFIG: _get_config,
         Request.SET_CONFIG: _set_config,
+        Request.GET_INFLIGHT_FD: _get_inflight_fd,
+        Request.SET_INFLIGHT_FD: _set_inflight_fd,
+        Request.RESET_DEVICE: _reset_device,
+        Request.VRING_KICK: _vring_kick,
+        Request.GET_MAX_MEM_SLOTS: _get_max_mem_slots,
+        Request.ADD_MEM_REG: _add_mem_reg,
+        Request.REM_MEM_REG: _rem_mem_reg,
+        Request.SET_STATUS: _set_status,
+        Request.GET_STATUS: _get_status,
+        Request.SET_DEVICE_STATE_FD: _set_device_state_fd,
+        Request.CHECK_DEVICE_STATE: _check_device_state,
     }
 
 
@@ -357,8 +717,22 @@ def _no_payload(payload: bytes) -> None:
         raise FrontendError(f"a message without payload has {len(payload)} bytes of it")
 
 
+def _one(fds: list[int], what: str) -> int:
+    if len(fds) != 1:
+        raise RefusedError(f"{what} is one fd, not {len(fds)}")
+    return fds[0]
+
+
 def _vring_fd(payload: bytes, fds: list[int]) -> tuple[int, int | None]:
     index, has_fd = wire.VringFd.decode(payload)
     if len(fds) != has_fd:
         raise RefusedError(f"a message for {int(has_fd)} fds came with {len(fds)}")
     return index, (fds[0] if has_fd else None)
+
+
+def _same_place(one: VringAddr, other: VringAddr) -> bool:
+    return one._replace(flags=0, log=0) == other._replace(flags=0, log=0)
+
+
+def _log_of(addr: VringAddr) -> int | None:
+    return addr.log if addr.flags & wire.VRING_F_LOG else None
