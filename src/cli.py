@@ -7,6 +7,7 @@ import logging
 import os
 import select
 import sys
+from enum import StrEnum
 from typing import Any
 
 import click
@@ -69,6 +70,20 @@ def _fill_standard_files() -> None:
             return
 
 
+class _Words(click.Choice):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.2
+    """The values, not the names, of an enumeration."""
+
+    def __init__(self, kind: type[StrEnum]) -> None:
+        super().__init__([word.value for word in kind])
+        self._kind = kind
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> StrEnum:
+        """Return the enumeration's member; raises click.BadParameter."""
+        return self._kind(super().convert(value, param, ctx))
+
+
 @click.group(
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -93,19 +108,17 @@ def _fill_standard_files() -> None:
 @click.option(
     "-b",
     "--backend",
-    type=click.Choice([kind.value for kind in config.BackendKind]),
-    default=config.BackendKind.NESTED.value,
-    show_default=True,
-    help="Where people attach: this terminal, TCP ports, sockets PATH<i>.data, or ptys.",
+    type=_Words(config.BackendKind),
+    help="Where people attach to port 0: this terminal (the default), TCP ports, sockets"
+    " PATH<i>.data, or ptys.",
 )
 @click.option(
     "-p",
     "--tcp-port",
     type=int,
     metavar="PORT",
-    default=12345,
-    show_default=True,
-    help="network: 127.0.0.1:PORT is the first guest's, the next is PORT+1.",
+    help="network: 127.0.0.1:PORT is the first guest's, the next is PORT+1."
+    f"  [default: {config.TCP_PORT}]",
 )
 @click.option(
     "-q",
@@ -127,6 +140,40 @@ def _fill_standard_files() -> None:
     type=click.Path(),
     metavar="PATH",
     help="pty: make symlinks PATH0, PATH1, ... to the ptys.",
+)
+@click.option(
+    "--port",
+    "ports",
+    multiple=True,
+    metavar="KEY=VALUE,...",
+    help="Another port, such as name=agent,backend=unix,path=P or"
+    " name=log,console,backend=network,tcp-port=N; P and N are counted up for each guest. Other"
+    " keys: link, overflow, id, host, output-bytes, input-bytes, stall-ms. Repeatable.",
+)
+@click.option(
+    "--max-ports",
+    type=int,
+    metavar="N",
+    help="How many ports a guest may have, with those that are added while it runs; by default"
+    " no more than it has from the start.",
+)
+@click.option(
+    "--config",
+    type=click.Path(),
+    metavar="FILE",
+    help="Take guests and ports from a TOML file instead of the options above and below.",
+)
+@click.option(
+    "--resize-order",
+    type=_Words(config.ResizeOrder),
+    default=config.ResizeOrder.SPEC.value,
+    show_default=True,
+    help="How a new size is sent: columns first, or rows first, as Linux before 6.15 reads it.",
+)
+@click.option(
+    "--inband",
+    is_flag=True,
+    help="Offer notifications as messages, for time-travel simulations: slow, but exact.",
 )
 @click.option(
     "--poll-us",
@@ -160,23 +207,31 @@ def cli(ctx: click.Context, /, **options: Any) -> None:
             option = "--" + min(given).replace("_", "-")
             raise ConfigError(f"{option} is the daemon's, not {ctx.invoked_subcommand}'s")
         return
-    if "tcp_port" in given and options["backend"] != config.BackendKind.NETWORK:
-        raise ConfigError("--tcp-port goes with --backend network")
-    daemon = config.from_options(
-        socket_path=options["socket_path"],
-        fd=options["fd"],
-        socket_count=options["socket_count"],
-        backend=config.BackendKind(options["backend"]),
-        tcp_port=options["tcp_port"],
-        max_queue_size=options["max_queue_size"],
-        poll_us=options["poll_us"],
-        pty_link=options["pty_link"],
-    )
+    level = options.pop("log_level")
+    daemon = _described(options, given)
     _fill_standard_files()
-    _start_logging(options["log_level"])
+    _start_logging(level)
     from . import master  # --help need not wait for it
 
     ctx.exit(master.serve(daemon))
+
+
+def _described(options: dict[str, Any], given: set[str]) -> config.Daemon:
+    """Return what the options, or the file that they name, describe."""
+    options.pop(_CAPABILITIES.strip("-").replace("-", "_"))
+    path = options.pop("config")
+    if path is None:
+        return config.from_options(**options)
+    if replaced := given & options.keys():
+        option = "--" + min(replaced).replace("_", "-")
+        raise ConfigError(f"{option} does not go with --config: say it in {path}")
+    try:
+        with open(path, "rb") as file:
+            text = file.read()
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(f"cannot read {path}: {reason}") from error
+    return config.from_toml(text, path)
 
 
 @cli.command()

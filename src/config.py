@@ -6,7 +6,9 @@ before anything is created.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
+from typing import TypeVar, get_args
 
 import msgspec
 
@@ -26,6 +28,22 @@ STALL_MS = 200
 
 #: Upper bound of the adaptive window in which a worker watches its rings before it sleeps.
 POLL_US = 50
+
+#: The most ports a guest can have: kick and call descriptors name one of 256 queues (vhost-user,
+#: VHOST_USER_SET_VRING_KICK: "bits 0-7"), two a port and two for control messages.
+MOST_PORTS = 127
+
+#: A name's bytes at most, so that a folder, a log line and a health record have room for it.
+LONGEST_NAME = 200
+
+#: Bounds of a journal's rings, in bytes.
+SMALLEST_RING, LARGEST_RING = 1 << 12, 1 << 30
+
+#: No reader may keep its guest waiting longer than an hour.
+LONGEST_STALL_MS = 3_600_000
+
+#: The first guest's TCP port when none is given, as the Rust vhost-device-console has it.
+TCP_PORT = 12345
 
 LOCALHOST = "127.0.0.1"
 
@@ -124,49 +142,319 @@ class Daemon(msgspec.Struct, frozen=True, kw_only=True):
     guests: tuple[Guest, ...]
 
 
-def _backend(
-    kind: BackendKind, index: int, socket_path: str | None, tcp_port: int, pty_link: str | None
-) -> Backend:
-    match kind:
-        case BackendKind.NESTED:
-            return Nested()
-        case BackendKind.NETWORK:
-            return Network(LOCALHOST, tcp_port + index)
-        case BackendKind.UNIX:
-            if socket_path is None:
-                raise ConfigError("the unix backend needs --socket-path: its socket goes beside it")
-            return Unix(f"{socket_path}{index}.data")
-        case BackendKind.PTY:
-            return Pty(None if pty_link is None else f"{pty_link}{index}")
+class PortTable(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """A port as a person writes it: with `--port`, `port add`, or in a [[guest.port]] table.
+
+    "" and None stand for what was not given.
+    """
+
+    name: str
+    backend: BackendKind
+    id: int | None = None
+    console: bool = False
+    host: str = ""
+    tcp_port: int | None = None
+    path: str = ""
+    link: str = ""
+    overflow: Overflow | None = None
+    output_bytes: int = OUTPUT_BYTES
+    input_bytes: int = INPUT_BYTES
+    stall_ms: int = STALL_MS
+
+
+class _GuestTable(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """A [[guest]] table without its ports."""
+
+    socket: str
+    name: str = ""
+    max_queue_size: int = LARGEST_QUEUE
+    max_ports: int | None = None
+    poll_us: int = POLL_US
+    resize_order: ResizeOrder = ResizeOrder.SPEC
+    inband: bool = False
+
+
+_Table = TypeVar("_Table", PortTable, _GuestTable)
+
+#: A table and what its mistakes are said to be in.
+_Port = tuple[str, PortTable]
+
+
+def _filled(kind: type[_Table], table: Mapping[str, object], where: str, *, strict: bool) -> _Table:
+    """Return `table` as a `kind`, numbers from texts unless `strict`."""
+    types = {field.encode_name: field.type for field in msgspec.structs.fields(kind)}
+    for key in table:
+        if key not in types:
+            raise ConfigError(f"{where}: unknown key {key!r}: there are {', '.join(types)}")
+    try:
+        return msgspec.convert(table, kind, strict=strict)
+    except msgspec.ValidationError as error:
+        # "Object missing required field `name`", "Expected `int`, got `str` - at `$.tcp-port`"
+        reason, _, at = str(error).partition(" - at `$.")
+        if not at:
+            raise ConfigError(f"{where}: {reason.split('`')[1]} is missing") from None
+        key = at.rstrip("`")
+        raise ConfigError(f"{where}: {key} is {table[key]!r}, not {_wanted(types[key])}") from None
+
+
+def _wanted(annotation: object) -> str:
+    kind = (get_args(annotation) or (annotation,))[0]
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return "one of " + ", ".join(kind)
+    return {str: "a text", bool: "true or false", int: "a whole number"}[kind]
+
+
+def parse_port(text: str, where: str) -> PortTable:
+    """Return the port that `text` describes: key=value pairs between commas, or just `console`.
+
+    Raises ConfigError with a line that begins with `where`.
+    """
+    table: dict[str, object] = {}
+    for item in text.split(","):
+        key, _, value = item.partition("=")
+        if item == "console":
+            value = "true"
+        elif not (key and value):
+            raise ConfigError(f"{where}: {item!r} is not key=value")
+        if key in table:
+            raise ConfigError(f"{where}: {key} is given twice")
+        table[key] = value
+    return _filled(PortTable, table, where, strict=False)
+
+
+def _check_name(name: str, where: str) -> None:
+    """Refuse a name that could not be a file's, or could steer a terminal."""
+    if not name.isprintable() or "/" in name or name in ("", ".", ".."):
+        raise ConfigError(f"{where}: {name!r} is no name: it must be printable, without '/'")
+    size = len(name.encode())
+    if size > LONGEST_NAME:
+        raise ConfigError(f"{where}: its name is {size} bytes long, the limit is {LONGEST_NAME}")
 
 
 def _base_name(path: str) -> str:
     return path.rsplit("/", 1)[-1]
 
 
-def _check_path(path: str) -> None:
+def _check_path(path: str, what: str) -> None:
     size = len(path.encode(errors="surrogateescape"))
     if size > _LONGEST_SOCKET_PATH:
         raise ConfigError(
-            f"socket path is {size} bytes long, the system's limit is "
-            f"{_LONGEST_SOCKET_PATH}: {path}"
+            f"{what} is {size} bytes long, the system's limit is {_LONGEST_SOCKET_PATH}: {path}"
         )
     if "\0" in path or not _base_name(path):
-        raise ConfigError(f"socket path names no file: {path!r}")
+        raise ConfigError(f"{what} names no file: {path!r}")
+
+
+def _check_size(what: str, size: int, least: int, most: int) -> None:
+    if not least <= size <= most or size & (size - 1):
+        raise ConfigError(f"{what} must be a power of two from {least} to {most}, not {size}")
+
+
+#: The keys of each backend, and whether it has to have them.
+_KEYS: dict[BackendKind, dict[str, bool]] = {
+    BackendKind.NESTED: {},
+    BackendKind.NETWORK: {"host": False, "tcp-port": True},
+    BackendKind.UNIX: {"path": True},
+    BackendKind.PTY: {"link": False},
+}
+
+
+def _backend(table: PortTable, where: str) -> Backend:
+    given = {
+        "host": table.host,
+        "tcp-port": table.tcp_port,
+        "path": table.path,
+        "link": table.link,
+    }
+    keys = _KEYS[table.backend]
+    for key, value in given.items():
+        if value not in ("", None) and key not in keys:
+            raise ConfigError(f"{where}: {key} does not go with backend {table.backend}")
+        if value in ("", None) and keys.get(key):
+            raise ConfigError(f"{where}: backend {table.backend} needs {key}")
+        if "\0" in str(value):
+            raise ConfigError(f"{where}: {key} is {value!r}, which nothing is called")
+    match table.backend:
+        case BackendKind.NESTED:
+            return Nested()
+        case BackendKind.NETWORK:
+            number = table.tcp_port or 0
+            if not 1 <= number <= 65535:
+                raise ConfigError(f"{where}: tcp-port must be from 1 to 65535, not {number}")
+            return Network(table.host or LOCALHOST, number)
+        case BackendKind.UNIX:
+            _check_path(table.path, f"{where}: path")
+            return Unix(table.path)
+        case BackendKind.PTY:
+            return Pty(table.link or None)
+
+
+def _port(table: PortTable, port_id: int, where: str) -> Port:
+    """Return the port of `table`, checked as far as it stands alone."""
+    _check_name(table.name, where)
+    _check_size(f"{where}: output-bytes", table.output_bytes, SMALLEST_RING, LARGEST_RING)
+    _check_size(f"{where}: input-bytes", table.input_bytes, SMALLEST_RING, LARGEST_RING)
+    if not 0 <= table.stall_ms <= LONGEST_STALL_MS:
+        raise ConfigError(
+            f"{where}: stall-ms must be from 0 to {LONGEST_STALL_MS}, not {table.stall_ms}"
+        )
+    return Port(
+        id=port_id,
+        name=table.name,
+        backend=_backend(table, where),
+        console=table.console,
+        overflow=table.overflow or (Overflow.DROP if table.console else Overflow.BLOCK),
+        output_bytes=table.output_bytes,
+        input_bytes=table.input_bytes,
+        stall_ms=table.stall_ms,
+    )
+
+
+def _added(ports: Sequence[Port], tables: Sequence[_Port], first: int = 0) -> tuple[Port, ...]:
+    """Return `ports` and those of `tables`, by id.
+
+    A table without an id gets the lowest from `first` that no other has or wants. Raises
+    ConfigError for two of the same id or name.
+    """
+    done = list(ports)
+    wanted = {table.id for _, table in tables}
+    for where, table in tables:
+        taken = {port.id for port in done}
+        port_id = table.id
+        if port_id is None:
+            free = (n for n in range(first, MOST_PORTS) if n not in taken | wanted)
+            if (port_id := next(free, None)) is None:
+                raise ConfigError(f"{where}: a guest has at most {MOST_PORTS} ports")
+        if not 0 <= port_id < MOST_PORTS:
+            raise ConfigError(f"{where}: id must be from 0 to {MOST_PORTS - 1}, not {port_id}")
+        if port_id in taken:
+            raise ConfigError(f"{where}: another port has id {port_id}")
+        if any(port.name == table.name for port in done):
+            raise ConfigError(f"{where}: another port has the name {table.name}")
+        done.append(_port(table, port_id, where))
+    return tuple(sorted(done, key=lambda port: port.id))
+
+
+def with_port(guest: Guest, table: PortTable) -> tuple[Guest, Port]:
+    """Return a running `guest` with one port more, and that port.
+
+    Raises ConfigError when it cannot have it.
+    """
+    where = f"port {table.name}"
+    if table.backend is BackendKind.NESTED:
+        raise ConfigError(f"{where}: the terminal cannot become a port's while the daemon runs")
+    ports = _added(guest.ports, [(where, table)], 1)
+    port = next(port for port in ports if port not in guest.ports)
+    if port.id >= guest.max_ports:
+        raise ConfigError(
+            f"{where}: {guest.name} may have ports 0 to {guest.max_ports - 1}: "
+            "start its daemon with a larger --max-ports"
+        )
+    return msgspec.structs.replace(guest, ports=ports), port
+
+
+def without_port(guest: Guest, port_id: int) -> Guest:
+    """Return a running `guest` without the port `port_id`, which it has.
+
+    Raises ConfigError for port 0: its queues are there whatever the driver knows (VIRTIO 1.2,
+    section 5.3.2: "The port 0 receive and transmit queues always exist").
+    """
+    if port_id == 0:
+        raise ConfigError("port 0 stays as long as its guest")
+    ports = tuple(port for port in guest.ports if port.id != port_id)
+    return msgspec.structs.replace(guest, ports=ports)
+
+
+def _guest(
+    tables: Sequence[_Port],
+    where: str,
+    *,
+    name: str,
+    socket_path: str | None,
+    fd: int | None = None,
+    max_ports: int | None,
+    max_queue_size: int,
+    poll_us: int,
+    resize_order: ResizeOrder,
+    inband: bool,
+    first: int = 0,
+) -> Guest:
+    """Return the guest that these describe; errors in its own numbers begin with `where`."""
+    if socket_path is not None:
+        _check_path(socket_path, "socket path" if where == "--" else f"{where}socket")
+    _check_size(f"{where}max-queue-size", max_queue_size, 1, LARGEST_QUEUE)
+    if poll_us < 0:
+        raise ConfigError(f"{where}poll-us must not be negative, not {poll_us}")
+    ports = _added((), tables, first)
+    if not ports or ports[0].id != 0:
+        raise ConfigError(f"{where}port 0 is missing: every guest has it")
+    least = ports[-1].id + 1
+    if max_ports is not None and not least <= max_ports <= MOST_PORTS:
+        raise ConfigError(
+            f"{where}max-ports must be from {least}, for port {least - 1}, to {MOST_PORTS}, "
+            f"not {max_ports}"
+        )
+    return Guest(
+        name=name,
+        ports=ports,
+        max_ports=max_ports or least,
+        socket_path=socket_path,
+        fd=fd,
+        max_queue_size=max_queue_size,
+        poll_us=poll_us,
+        resize_order=resize_order,
+        inband=inband,
+    )
+
+
+def _addresses(guest: Guest) -> Iterator[tuple[str, str]]:
+    """Yield every address that `guest` takes, and what for."""
+    if guest.socket_path is not None:
+        yield guest.socket_path, f"the vhost-user socket of {guest.name}"
+    for port in guest.ports:
+        owner = f"port {port.id} of {guest.name}"
+        match port.backend:
+            case Network():
+                yield f"{port.backend.host}:{port.backend.port}", owner
+            case Unix():
+                yield port.backend.path, owner
+            case Pty(link=str(link)):
+                yield link, owner
+
+
+def _daemon(guests: Sequence[Guest]) -> Daemon:
+    """Return the daemon of `guests`, which may not want the same things."""
+    nested = [port for guest in guests for port in guest.ports if isinstance(port.backend, Nested)]
+    if nested and (len(nested) > 1 or len(guests) > 1):
+        raise ConfigError(
+            "the nested backend is one terminal: one port of one guest can have it, "
+            "the others need another backend"
+        )
+    owners: dict[str, str] = {}
+    for guest in guests:
+        for address, owner in _addresses(guest):
+            if address in owners:
+                raise ConfigError(f"{address} is given twice: to {owners[address]} and to {owner}")
+            owners[address] = owner
+    return Daemon(guests=tuple(guests))
 
 
 def from_options(
     *,
     socket_path: str | None,
     fd: int | None,
-    socket_count: int,
-    backend: BackendKind,
-    tcp_port: int,
-    max_queue_size: int,
+    socket_count: int = 1,
+    backend: BackendKind | None = None,
+    tcp_port: int | None = None,
+    max_queue_size: int = LARGEST_QUEUE,
     poll_us: int = POLL_US,
     pty_link: str | None = None,
+    ports: Sequence[str] = (),
+    max_ports: int | None = None,
+    resize_order: ResizeOrder = ResizeOrder.SPEC,
+    inband: bool = False,
 ) -> Daemon:
-    """Return the daemon that the command line's options describe.
+    """Return the daemon that the command line's options describe; `ports` are those of `--port`.
 
     Sockets are `socket_path` + index and TCP ports `tcp_port` + index, also for a single guest,
     as the Rust vhost-device-console names them.
@@ -181,43 +469,108 @@ def from_options(
         raise ConfigError(f"--socket-count must be at least 1, not {socket_count}")
     if fd is not None and socket_count != 1:
         raise ConfigError("--fd is one socket: --socket-count must be 1")
-    if backend is BackendKind.NESTED and socket_count != 1:
-        raise ConfigError(
-            "the nested backend is one terminal: use --socket-count 1 or another --backend"
-        )
-    if backend is BackendKind.NESTED and fd is not None and fd <= 2:
-        raise ConfigError(f"--fd {fd} is the terminal's place: the nested backend needs it")
+    if tcp_port is not None and backend is not BackendKind.NETWORK:
+        raise ConfigError("--tcp-port goes with --backend network")
     if pty_link is not None and backend is not BackendKind.PTY:
         raise ConfigError("--pty-link goes with --backend pty")
-    if not 1 <= max_queue_size <= LARGEST_QUEUE or max_queue_size & (max_queue_size - 1):
-        raise ConfigError(
-            f"--max-queue-size must be a power of two from 1 to {LARGEST_QUEUE}, "
-            f"not {max_queue_size}"
-        )
-    if poll_us < 0:
-        raise ConfigError(f"--poll-us must not be negative, not {poll_us}")
-    if backend is BackendKind.NETWORK:
-        last = tcp_port + socket_count - 1
-        if tcp_port < 1 or last > 65535:
-            raise ConfigError(f"TCP ports {tcp_port} to {last} do not fit in 1 to 65535")
+    if backend is BackendKind.UNIX and socket_path is None:
+        raise ConfigError("the unix backend needs --socket-path: its socket goes beside it")
+    tables = [(where := f"--port {text!r}", parse_port(text, where)) for text in ports]
+    given_0 = any(table.id == 0 for _, table in tables)
+    if given_0 and backend is not None:
+        raise ConfigError("--backend describes port 0, and so does --port with id=0: give one")
+    kind = backend or BackendKind.NESTED
 
     guests = []
     for index in range(socket_count):
         path = None if socket_path is None else f"{socket_path}{index}"
-        chosen = _backend(backend, index, socket_path, tcp_port, pty_link)
-        for made in (path, chosen.path if isinstance(chosen, Unix) else None):
-            if made is not None:
-                _check_path(made)
-        name = f"fd{fd}" if path is None else _base_name(path)
+        own = [(where, _numbered(table, index)) for where, table in tables]
+        if not given_0:
+            port_0 = PortTable(
+                name="console0",
+                backend=kind,
+                id=0,
+                console=True,
+                tcp_port=(tcp_port if tcp_port is not None else TCP_PORT) + index
+                if kind is BackendKind.NETWORK
+                else None,
+                path=f"{path}.data" if kind is BackendKind.UNIX else "",
+                link=f"{pty_link}{index}" if pty_link else "",
+            )
+            own.insert(0, (f"--backend {kind}", port_0))
         guests.append(
-            Guest(
-                name=name,
-                ports=(Port(id=0, name="console0", backend=chosen),),
-                max_ports=1,
+            _guest(
+                own,
+                "--",
+                name=f"fd{fd}" if path is None else _base_name(path),
                 socket_path=path,
                 fd=fd,
+                max_ports=max_ports,
                 max_queue_size=max_queue_size,
                 poll_us=poll_us,
+                resize_order=resize_order,
+                inband=inband,
+                first=1,
             )
         )
-    return Daemon(guests=tuple(guests))
+    nested = any(isinstance(port.backend, Nested) for port in guests[0].ports)
+    if nested and fd is not None and fd <= 2:
+        raise ConfigError(f"--fd {fd} is the terminal's place: the nested backend needs it")
+    return _daemon(guests)
+
+
+def _numbered(table: PortTable, index: int) -> PortTable:
+    """Return `table` with the guest's index added to the addresses in it."""
+    return msgspec.structs.replace(
+        table,
+        tcp_port=None if table.tcp_port is None else table.tcp_port + index,
+        path=table.path and f"{table.path}{index}",
+        link=table.link and f"{table.link}{index}",
+    )
+
+
+def from_toml(text: bytes, source: str) -> Daemon:
+    """Return the daemon that a file's [[guest]] tables describe; `source` is what it is called.
+
+    Raises ConfigError, with a line that says where and what.
+    """
+    try:
+        document = msgspec.toml.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source} is not TOML: {error}") from None
+    if unknown := document.keys() - {"guest"}:
+        raise ConfigError(f"{source}: unknown key {min(unknown)!r}: there is [[guest]]")
+    guests: list[Guest] = []
+    for where, table in _tables(document, "guest", source):
+        ports = _tables(table, "guest.port", where)
+        own = _filled(
+            _GuestTable, {k: v for k, v in table.items() if k != "port"}, where, strict=True
+        )
+        if own.name:
+            _check_name(own.name, where)
+        guest = _guest(
+            [(inner, _filled(PortTable, port, inner, strict=True)) for inner, port in ports],
+            f"{where}: ",
+            name=own.name or _base_name(own.socket),
+            socket_path=own.socket,
+            max_ports=own.max_ports,
+            max_queue_size=own.max_queue_size,
+            poll_us=own.poll_us,
+            resize_order=own.resize_order,
+            inband=own.inband,
+        )
+        if any(guest.name == other.name for other in guests):
+            raise ConfigError(f"{where}: another guest has the name {guest.name}")
+        guests.append(guest)
+    return _daemon(guests)
+
+
+def _tables(
+    parent: Mapping[str, object], header: str, where: str
+) -> list[tuple[str, dict[str, object]]]:
+    """Return the tables [[header]] of `parent`, each behind the words for its place."""
+    key = header.rpartition(".")[2]
+    found = parent.get(key)
+    if not isinstance(found, list) or not found or not all(isinstance(t, dict) for t in found):
+        raise ConfigError(f"{where}: one [[{header}]] at least is needed")
+    return [(f"{where}: {key} {number}", table) for number, table in enumerate(found, 1)]

@@ -7,12 +7,13 @@ all before it. A frame is a u32 length (little-endian) and that many bytes of Me
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 
 import msgspec
 
 _LENGTH = struct.Struct("<I")
 
-#: A record of 127 ports is under 8 KiB; more than this is not a record.
+#: A record of 127 ports with long names is under 64 KiB; more than this is not a record.
 _LARGEST = 1 << 16
 
 
@@ -23,7 +24,11 @@ class PortHealth(msgspec.Struct, array_like=True, kw_only=True):
     guest ever wrote and was given. The others start at 0 with each worker. `missed` is what readers
     were skipped over, each gap counted once for every reader that met it; `discarded` is what the
     guest wrote to a disabled queue. `stalls` counts how often a stuck reader let the guest wait.
-    `columns` and `rows` are the size of the terminal at the port, 0 where it is not known.
+    `columns` and `rows` are the size of the port, 0 where it is not known, and `size_by` says who
+    decided it: a client's name, "resize" for the command, "" for nobody. `state` is how far the
+    guest has come with the port: absent, added, ready or failed. `open` says that a program in the
+    guest has it open, `host_open` that the guest was told somebody is there on this side. `held`
+    says that a buffer of the guest's waits for room in the journal.
     """
 
     id: int
@@ -37,6 +42,10 @@ class PortHealth(msgspec.Struct, array_like=True, kw_only=True):
     stalls: int = 0
     columns: int = 0
     rows: int = 0
+    state: str = "absent"
+    host_open: bool = False
+    held: bool = False
+    size_by: str = ""
 
 
 class Health(msgspec.Struct, array_like=True, kw_only=True):
@@ -75,13 +84,12 @@ class Decoder:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
-    def feed(self, data: bytes) -> list[Health]:
-        """Return the records that `data` completes, oldest first.
+    def feed(self, data: bytes) -> Iterator[Health]:
+        """Yield the records that `data` completes, oldest first.
 
-        Raises ValueError when the bytes are no frame: the sender is broken, read no further.
+        Raises ValueError where the bytes are no frame: the sender is broken, read no further.
         """
         self._buffer += data
-        records = []
         while len(self._buffer) >= _LENGTH.size:
             (size,) = _LENGTH.unpack_from(self._buffer)
             if size > _LARGEST:
@@ -89,9 +97,10 @@ class Decoder:
             end = _LENGTH.size + size
             if len(self._buffer) < end:
                 break
+            body = bytes(self._buffer[_LENGTH.size : end])
+            del self._buffer[:end]
             try:
-                records.append(_decoder.decode(memoryview(self._buffer)[_LENGTH.size : end]))
+                record = _decoder.decode(body)
             except msgspec.MsgspecError as error:
                 raise ValueError(f"not a health record: {error}") from error
-            del self._buffer[:end]
-        return records
+            yield record

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
+from vhost_device_console.config import LONGEST_NAME, MOST_PORTS
 from vhost_device_console.health import Decoder, Health, PortHealth, encode
 
 RECORD = Health(
@@ -25,6 +27,12 @@ RECORD = Health(
             missed=4,
             discarded=5,
             stalls=6,
+            columns=80,
+            rows=24,
+            state="ready",
+            host_open=True,
+            held=True,
+            size_by="127.0.0.1:5",
         )
     ],
 )
@@ -36,15 +44,16 @@ def test_a_record_is_a_length_and_a_messagepack_array() -> None:
 
 def test_a_port_is_an_array_within_it() -> None:
     port = PortHealth(id=1, name="a", open=True, readers=2, columns=80, rows=24)
+    port.state, port.held, port.size_by = "added", True, "x"
     assert encode(Health(frontend=5, ports=[port])) == (
-        b"\x17\x00\x00\x00"
+        b"\x21\x00\x00\x00"
         b"\x99\x05\x00\x00\x00\x00\x00\x00\x00"
-        b"\x91\x9b\x01\xa1a\xc3\x02\x00\x00\x00\x00\x00\x50\x18"
+        b"\x91\x9f\x01\xa1a\xc3\x02\x00\x00\x00\x00\x00\x50\x18\xa5added\xc2\xc3\xa1x"
     )
 
 
 def test_what_is_encoded_is_decoded() -> None:
-    assert Decoder().feed(encode(RECORD)) == [RECORD]
+    assert [*Decoder().feed(encode(RECORD))] == [RECORD]
 
 
 def test_a_record_may_come_byte_by_byte() -> None:
@@ -61,19 +70,19 @@ def test_several_records_may_come_at_once_oldest_first() -> None:
 def test_a_piece_of_the_next_record_is_kept() -> None:
     frame = encode(RECORD)
     decoder = Decoder()
-    assert decoder.feed(frame + frame[:7]) == [RECORD]
-    assert decoder.feed(frame[7:]) == [RECORD]
+    assert [*decoder.feed(frame + frame[:7])] == [RECORD]
+    assert [*decoder.feed(frame[7:])] == [RECORD]
 
 
 def test_127_ports_fit_in_a_record() -> None:
-    port = RECORD.ports[0]
-    full = Health(ports=[PortHealth(id=n, name="n" * 20, output=port.output) for n in range(127)])
-    assert Decoder().feed(encode(full)) == [full]
+    ports = [replace(RECORD.ports[0], id=n, name="n" * LONGEST_NAME) for n in range(MOST_PORTS)]
+    full = replace(RECORD, ports=ports)
+    assert [*Decoder().feed(encode(full))] == [full]
 
 
 def test_a_length_beyond_any_record_is_refused_before_its_bytes_come() -> None:
     with pytest.raises(ValueError, match="record of 65537 bytes"):
-        Decoder().feed((65537).to_bytes(4, "little"))
+        next(Decoder().feed((65537).to_bytes(4, "little")))
 
 
 @pytest.mark.parametrize(
@@ -90,4 +99,11 @@ def test_a_length_beyond_any_record_is_refused_before_its_bytes_come() -> None:
 )
 def test_bytes_that_are_no_record_are_refused(body: bytes) -> None:
     with pytest.raises(ValueError, match="not a health record"):
-        Decoder().feed(len(body).to_bytes(4, "little") + body)
+        next(Decoder().feed(len(body).to_bytes(4, "little") + body))
+
+
+def test_records_before_one_that_is_none_are_not_lost() -> None:
+    records = Decoder().feed(encode(RECORD) + b"\x01\x00\x00\x00\xc1")
+    assert next(records) == RECORD
+    with pytest.raises(ValueError, match="not a health record"):
+        next(records)
