@@ -12,6 +12,7 @@ import fcntl
 import itertools
 import mmap
 import os
+from bisect import bisect_right
 from typing import NamedTuple
 
 from ...errors import GuestError, RefusedError
@@ -29,16 +30,16 @@ class Region(NamedTuple):
     view: memoryview
 
 
-def map_region(fd: int, guest_addr: int, size: int, user_addr: int, offset: int) -> Region:
+def map_file(fd: int, size: int, offset: int, what: str) -> memoryview:
     """Map `size` bytes from `offset` of the file `fd`, which stays the caller's to close.
 
     Where the file allows it, it is sealed against shrinking, since a page that is gone would kill
-    this process (SIGBUS). Raises RefusedError when the file cannot give that memory.
+    this process (SIGBUS). Raises RefusedError, about `what`, when the file cannot give them.
     """
     if size == 0:
-        raise RefusedError("a memory region has no bytes")
-    if max(guest_addr, user_addr, offset) + size > _TOP:
-        raise RefusedError("a memory region reaches past the end of the address space")
+        raise RefusedError(f"{what} has no bytes")
+    if offset + size > _TOP:
+        raise RefusedError(f"{what} reaches past the end of the address space")
     with contextlib.suppress(OSError):  # no memfd, sealed for good, or read-only
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     try:
@@ -47,8 +48,16 @@ def map_region(fd: int, guest_addr: int, size: int, user_addr: int, offset: int)
         lead = offset % unit
         whole = memoryview(mmap.mmap(fd, size + lead, offset=offset - lead))
     except (OSError, ValueError, OverflowError) as error:
-        raise RefusedError(f"a memory region of {size} bytes cannot be mapped: {error}") from None
-    return Region(guest_addr, guest_addr + size, user_addr, user_addr + size, whole[lead:])
+        raise RefusedError(f"{what} of {size} bytes cannot be mapped: {error}") from None
+    return whole[lead:]
+
+
+def map_region(fd: int, guest_addr: int, size: int, user_addr: int, offset: int) -> Region:
+    """Map one region of guest memory; see `map_file`."""
+    if max(guest_addr, user_addr) + size > _TOP:
+        raise RefusedError("a memory region reaches past the end of the address space")
+    view = map_file(fd, size, offset, "a memory region")
+    return Region(guest_addr, guest_addr + size, user_addr, user_addr + size, view)
 
 
 class GuestMemory:
@@ -65,14 +74,23 @@ class GuestMemory:
         ):
             raise RefusedError("memory regions overlap")
         self._regions = by_guest
+        self._starts = [region.guest for region in by_guest]
         self._recent = by_guest[0]
+
+    @property
+    def end(self) -> int:
+        """The first guest address after the last region."""
+        return self._regions[-1].guest_end
 
     def user(self, addr: int, size: int) -> memoryview:
         """Return `size` bytes at a frontend address. Raises RefusedError outside one region."""
-        for region in self._regions:
-            if region.user <= addr and addr + size <= region.user_end:
-                return region.view[addr - region.user : addr - region.user + size]
-        raise RefusedError(f"{size} bytes at frontend address {addr:#x} are in no memory region")
+        region = self._user(addr, size)
+        return region.view[addr - region.user : addr - region.user + size]
+
+    def guest_addr(self, user_addr: int) -> int:
+        """Return the guest address of a frontend address. Raises RefusedError if it has none."""
+        region = self._user(user_addr, 1)
+        return user_addr - region.user + region.guest
 
     def guest(self, addr: int, size: int) -> memoryview:
         """Return `size` bytes at a guest address. Raises GuestError outside one region."""
@@ -100,7 +118,13 @@ class GuestMemory:
         return pieces
 
     def _find(self, addr: int) -> Region:
-        for region in self._regions:
-            if region.guest <= addr < region.guest_end:
-                return region
+        at = bisect_right(self._starts, addr) - 1
+        if at >= 0 and addr < self._regions[at].guest_end:
+            return self._regions[at]
         raise GuestError(f"guest address {addr:#x} is in no memory region")
+
+    def _user(self, addr: int, size: int) -> Region:
+        for region in self._regions:
+            if region.user <= addr and addr + size <= region.user_end:
+                return region
+        raise RefusedError(f"{size} bytes at frontend address {addr:#x} are in no memory region")

@@ -7,12 +7,14 @@ from typing import Protocol
 from ...errors import RefusedError
 from .chain import Chain
 from .features import EVENT_IDX, IN_ORDER, INDIRECT_DESC, RING_PACKED, RING_RESET
+from .log import DirtyLog
 from .memory import GuestMemory
+from .packed import PackedQueue
 from .split import SplitQueue
 
 #: What a device with these rings offers. IN_ORDER is kept by every user of a ring: it pushes what
 #: it popped in that order. RING_RESET is a stop and a start to a ring, as any other.
-RING_FEATURES = INDIRECT_DESC | EVENT_IDX | IN_ORDER | RING_RESET
+RING_FEATURES = INDIRECT_DESC | EVENT_IDX | RING_PACKED | IN_ORDER | RING_RESET
 
 #: The most entries a ring of either format can have (2.7, 2.8.10.1).
 LARGEST = 1 << 15
@@ -28,6 +30,10 @@ class Ring(Protocol):
     @property
     def index(self) -> int:
         """What GET_VRING_BASE says of this ring: where it goes on, in its format's terms."""
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the ring is where a new one begins: a driver has just set it up."""
 
     def ready(self) -> bool:
         """Say whether `pop` has something to look at."""
@@ -54,6 +60,13 @@ class Ring(Protocol):
     def refuse_kicks(self) -> None:
         """Ask the guest not to kick."""
 
+    def log(self, log: DirtyLog | None, used_addr: int | None) -> None:
+        """From now on, mark in `log` what is written for the guest; None: nowhere.
+
+        `used_addr` is SET_VRING_ADDR's log address, None without VHOST_VRING_F_LOG. Call it while
+        no popped chain waits for its `push`. Raises RefusedError when the log is too small for it.
+        """
+
 
 def valid_size(size: int, features: int) -> bool:
     """Say whether a ring can have `size` entries, in the format that `features` choose."""
@@ -68,7 +81,7 @@ def place(
     used: int,
     *,
     features: int,
-    base: int,  # noqa: ARG001  # for packed rings
+    base: int,
     writable: bool,
     most_bytes: int,
 ) -> Ring:
@@ -85,6 +98,18 @@ def place(
     if not valid_size(size, features):
         wanted = "any number" if features & RING_PACKED else "a power of two"
         raise RefusedError(f"a ring cannot have {size} entries: {wanted} from 1 to {LARGEST}")
+    if features & RING_PACKED:
+        return PackedQueue(
+            memory,
+            size,
+            desc,
+            avail,
+            used,
+            features=features,
+            base=base,
+            writable=writable,
+            most_bytes=most_bytes,
+        )
     return SplitQueue(
         memory,
         size,

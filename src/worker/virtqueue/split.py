@@ -9,27 +9,21 @@ read once and only that copy is used; whatever this side writes is remembered he
 from __future__ import annotations
 
 from ...errors import GuestError, RefusedError
-from .chain import Chain
+from .chain import DESC_SIZE, INDIRECT, NEXT, Chain, ChainReader
 from .features import EVENT_IDX as EVENT_IDX
 from .features import INDIRECT_DESC as INDIRECT_DESC
 from .fence import WEAKLY_ORDERED, fence
 from .memory import GuestMemory
 
-_NEXT = 1
-_WRITE = 2
-_INDIRECT = 4
 _NO_INTERRUPT = 1
 _NO_NOTIFY = 1
 
+_FLAGS = 7  # NEXT, WRITE and INDIRECT
 _INDEX = 0xFFFF
 _LOW32 = 0xFFFFFFFF
-_DESC_SIZE = 16
-
-#: Linux and QEMU allow indirect tables longer than the ring itself, up to this many entries.
-_LONGEST_INDIRECT = 1024
 
 
-class SplitQueue:
+class SplitQueue(ChainReader):
     """One running split ring: `pop` buffers, `push` them back in order, `publish`.
 
     Resumes at the used index found in memory: buffers are completed in order here, so everything
@@ -58,13 +52,8 @@ class SplitQueue:
             raise RefusedError(
                 f"a ring is misaligned: descriptors {desc:#x}, available {avail:#x}, used {used:#x}"
             )
-        self.size = size
-        self._memory = memory
-        self._event_idx = bool(features & EVENT_IDX)
-        self._indirect = bool(features & INDIRECT_DESC)
-        self._direction = _WRITE if writable else 0
-        self._most_bytes = most_bytes
-        self._desc = memory.user(desc, _DESC_SIZE * size).cast("Q")
+        super().__init__(memory, size, features=features, writable=writable, most_bytes=most_bytes)
+        self._desc = memory.user(desc, DESC_SIZE * size).cast("Q")
         # Each ring ends with the other side's event index, used with EVENT_IDX only.
         event = 2 if self._event_idx else 0
         self._avail = memory.user(avail, 4 + 2 * size + event).cast("H")
@@ -83,6 +72,11 @@ class SplitQueue:
     def index(self) -> int:
         """The ring's position: how many buffers were completed, modulo 2^16."""
         return self._published
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the ring is where a new one begins, which it also is every so many laps."""
+        return self._published == 0
 
     def ready(self) -> bool:
         """Say whether `pop` has something to look at."""
@@ -111,13 +105,10 @@ class SplitQueue:
             raise GuestError(f"available entry {position} names descriptor {head} of {self.size}")
         addr = self._desc[2 * head]
         word = self._desc[2 * head + 1]
-        flags = word >> 32 & 0xFFFF
         size = word & _LOW32
-        if flags & (_NEXT | _INDIRECT) or not size:
-            chain = self._walk(head)
+        if word >> 32 & _FLAGS != self._direction or not 0 < size <= self._inline:
+            chain = self._walk(head, addr, word)
         else:
-            if flags & _WRITE != self._direction or size > self._most_bytes:
-                self._refuse(flags, size)
             try:
                 spans = [self._memory.guest(addr, size)]
             except GuestError:
@@ -126,50 +117,42 @@ class SplitQueue:
         self._next = (position + 1) & _INDEX
         return chain
 
-    def _refuse(self, flags: int, total: int) -> None:
-        if flags & _WRITE != self._direction:
-            way = "readable" if self._direction else "writable"
-            raise GuestError(f"a {way} descriptor where only the other kind can be")
-        if total > self._most_bytes:
-            raise GuestError(f"a chain of more than {self._most_bytes} bytes")
-
-    def _walk(self, head: int) -> Chain:
-        table, entries, index = self._desc, self.size, head
-        steps = total = 0
-        spans: list[memoryview] = []
+    def _walk(self, head: int, addr: int, word: int) -> Chain:
+        """Return the chain that begins with this copy of descriptor `head`."""
+        table, entries = self._desc, self.size
+        pieces: list[tuple[int, int, int]] = []
+        most = entries
         while True:
-            if steps == entries:
-                raise GuestError("a descriptor chain has a loop")
-            steps += 1
-            addr = table[2 * index]
-            word = table[2 * index + 1]
-            size, flags = word & _LOW32, word >> 32 & 0xFFFF
-            if flags & _INDIRECT:
-                # 2.7.5.3.2: WRITE is ignored here; the table cannot be chained on or nested.
-                if not self._indirect or flags & _NEXT or table is not self._desc:
-                    raise GuestError("an indirect descriptor where none can be")
-                entries = size // _DESC_SIZE
-                if size % _DESC_SIZE or not 0 < entries <= max(self.size, _LONGEST_INDIRECT):
-                    raise GuestError(f"an indirect table of {size} bytes")
-                table, index, steps = self._memory.guest(addr, size).cast("Q"), 0, 0
-                continue
-            total += size
-            self._refuse(flags, total)
-            spans += self._memory.spans(addr, size)
-            if not flags & _NEXT:
-                return Chain(head, total, spans)
-            index = word >> 48
-            if index >= entries:
-                raise GuestError(f"a descriptor names {index} of {entries} as its next")
+            size, flags = word & _LOW32, word >> 32 & _INDEX
+            if flags & INDIRECT:
+                # 2.7.5.3: WRITE is ignored here; the table cannot be chained on or nested.
+                table = self._table(addr, size, not flags & NEXT and table is self._desc)
+                entries = len(table) // 2
+                most = len(pieces) + entries
+                index = 0
+            else:
+                pieces.append((addr, size, flags))
+                if not flags & NEXT:
+                    return self._chain(head, pieces)
+                index = word >> 48
+                if index >= entries:
+                    raise GuestError(f"a descriptor names {index} of {entries} as its next")
+                if len(pieces) == most:
+                    raise GuestError("a descriptor chain has a loop")
+            addr, word = table[2 * index], table[2 * index + 1]
 
     def unpop(self) -> None:
         """Put the chain popped last back; nothing may have been pushed since."""
         self._next = (self._next - 1) & _INDEX
+        if self._noted:
+            self._noted.pop()
 
     def push(self, head: int, written: int) -> None:
         """Complete the oldest popped chain, `head`, with `written` bytes; not visible yet."""
         self._elements[self._pushed % self.size] = head | written << 32
         self._pushed = (self._pushed + 1) & _INDEX
+        if self._log is not None:
+            self._mark_written(written)
 
     def publish(self) -> bool:
         """Let the guest see what was pushed; return whether it wants a call (2.7.7.2)."""
@@ -180,6 +163,12 @@ class SplitQueue:
             fence()
         self._used[1] = new
         self._published = new
+        if self._log_used is not None:
+            first = old % self.size
+            until = first + (new - old & _INDEX)
+            self._mark_own(self._log_used + 4 + 8 * first, 8 * (min(until, self.size) - first))
+            self._mark_own(self._log_used + 4, 8 * (until - self.size))
+            self._mark_own(self._log_used + 2, 2)
         fence()  # 2.7.14: the index before a look at what suppresses calls
         if self._event_idx:
             event = self._avail[self._used_event_at]
@@ -192,6 +181,8 @@ class SplitQueue:
             self._used[self._avail_event_at] = self._next
         else:
             self._used[0] = 0
+        if self._log_used is not None:
+            self._mark_own(self._log_used + (2 * self._avail_event_at if self._event_idx else 0), 2)
         fence()  # 2.7.10.1: the wish before the last look
         return self._avail[1] != self._next
 
@@ -202,3 +193,8 @@ class SplitQueue:
         """
         if not self._event_idx:
             self._used[0] = _NO_NOTIFY
+            if self._log_used is not None:
+                self._mark_own(self._log_used, 2)
+
+    def _own_words(self, used_addr: int) -> list[tuple[int, int]]:
+        return [(used_addr, 4 + 8 * self.size + (2 if self._event_idx else 0))]

@@ -1,0 +1,246 @@
+"""The packed ring, device side (VIRTIO 1.2, section 2.8).
+
+One ring of descriptors that both sides write: the driver makes an entry available, this side stores
+a used descriptor over the first one of each chain. Whose an entry is, its AVAIL and USED flags say,
+against a wrap counter that changes with each lap. Two words of 32 bits say who wants notifications.
+
+Seen through casts made once, as in `split`: each descriptor is two u64, so that flags, length and
+id are read at once and a used descriptor appears at once.
+"""
+
+from __future__ import annotations
+
+from ...errors import GuestError, RefusedError
+from .chain import DESC_SIZE, INDIRECT, NEXT, WRITE, Chain, ChainReader
+from .fence import WEAKLY_ORDERED, fence
+from .memory import GuestMemory
+
+_AVAIL = 1 << 7
+_USED = 1 << 15
+_LAP = _AVAIL | _USED
+
+_EVENT_ENABLE = 0
+_EVENT_DISABLE = 1
+_EVENT_DESC = 2
+
+_FLAGS = 7  # NEXT, WRITE and INDIRECT
+_WRAP = 1 << 15
+_INDEX = 0xFFFF
+_LOW32 = 0xFFFFFFFF
+
+
+class PackedQueue(ChainReader):
+    """One running packed ring: `pop` buffers, `push` them back in order, `publish`.
+
+    A chain's `head` is its buffer id, with the number of its descriptors in the bits from 16 up.
+    What was pushed leaves no trace in the ring before it is published.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        size: int,
+        desc: int,
+        avail: int,
+        used: int,
+        *,
+        features: int,
+        base: int,
+        writable: bool,
+        most_bytes: int,
+    ) -> None:
+        """Place a ring of `size` descriptors at the frontend address `desc`.
+
+        `avail` and `used` are those of the driver's and the device's event suppression. `base` is
+        what SET_VRING_BASE said; its used half counts, since buffers are completed in order here:
+        everything before it is done and everything after it is not. The other arguments are those
+        of `SplitQueue`. Raises RefusedError when an area is misaligned or not within one memory
+        region, or `base` names no entry of the ring.
+        """
+        if desc % 16 or avail % 4 or used % 4:
+            raise RefusedError(
+                f"a ring is misaligned: descriptors {desc:#x}, events {avail:#x} and {used:#x}"
+            )
+        super().__init__(memory, size, features=features, writable=writable, most_bytes=most_bytes)
+        self._desc = memory.user(desc, DESC_SIZE * size).cast("Q")
+        self._desc_addr = memory.guest_addr(desc)
+        self._driver_event = memory.user(avail, 4).cast("I")
+        self._device_event = memory.user(used, 4).cast("I")
+        start = base >> 16
+        if start == 0 and not self._desc[1] >> 48 & _USED:
+            # On a lap whose counter is 0, entry 0 has USED set: either the driver's or, from the
+            # lap before, ours. So this ring is fresh, and somebody knows of no wrap counters (Linux
+            # says 0 of any fresh ring in User Mode Linux).
+            start = _WRAP
+        if start & ~_WRAP >= size:
+            raise RefusedError(f"a packed ring of {size} entries cannot go on at {base:#x}")
+        self._begin(start, start)
+
+    def _begin(self, next_: int, used: int) -> None:
+        """Go on at these places, each an entry and in bit 15 its wrap counter."""
+        self._next = next_ & ~_WRAP  # the entry to pop next
+        self._lap = _AVAIL if next_ & _WRAP else _USED  # an available entry's flags there
+        self._popped = 0  # how many descriptors the last chain popped has
+        self._used = used & ~_WRAP  # the entry to use next
+        self._used_lap = _LAP if used & _WRAP else 0  # a used entry's flags there
+        self._pushed: list[tuple[int, int]] = []  # `push`es that are not published
+
+    @property
+    def index(self) -> int:
+        """Where the ring goes on, in both halves: what is not used yet will be popped again."""
+        place = self._used | (_WRAP if self._used_lap else 0)
+        return place | place << 16
+
+    @property
+    def fresh(self) -> bool:
+        """Whether the ring is where a new one begins, which it also is every so many laps."""
+        return self._used == 0 and self._used_lap == _LAP
+
+    def ready(self) -> bool:
+        """Say whether `pop` has something to look at."""
+        return self._desc[2 * self._next + 1] >> 48 & _LAP == self._lap
+
+    def pop(self) -> Chain | None:
+        """Return the next buffer, or None when the guest has given no more.
+
+        Raises GuestError when the chain is not what the specification allows; the queue can then
+        only be stopped.
+        """
+        at = self._next
+        word = self._desc[2 * at + 1]
+        flags = word >> 48
+        if flags & _LAP != self._lap:
+            return None
+        if WEAKLY_ORDERED:  # 2.8.21.1: the rest may be read only after the flags
+            fence()
+            word = self._desc[2 * at + 1] & ~(_INDEX << 48) | flags << 48
+        addr = self._desc[2 * at]
+        size = word & _LOW32
+        if flags & _FLAGS != self._direction or not 0 < size <= self._inline:
+            chain = self._walk(self._gather(addr, word))
+            count = chain.head >> 16
+        else:
+            try:
+                spans = [self._memory.guest(addr, size)]
+            except GuestError:
+                spans = self._memory.spans(addr, size)
+            chain = Chain(word >> 32 & _INDEX | 1 << 16, size, spans)
+            count = 1
+        self._popped = count
+        at += count
+        if at >= self.size:
+            at -= self.size
+            self._lap ^= _LAP
+        self._next = at
+        return chain
+
+    def _gather(self, addr: int, word: int) -> list[tuple[int, int]]:
+        """Return copies of a chain's descriptors; the first is given, and is available."""
+        entries = [(addr, word)]
+        at, lap = self._next, self._lap
+        while word >> 48 & NEXT:
+            if len(entries) == self.size:
+                raise GuestError("a descriptor chain has a loop")
+            at += 1
+            if at == self.size:
+                at = 0
+                lap ^= _LAP
+            word = self._desc[2 * at + 1]
+            if word >> 48 & _LAP != lap:
+                raise GuestError("a descriptor chain goes on where nothing is available")
+            entries.append((self._desc[2 * at], word))
+        return entries
+
+    def _walk(self, entries: list[tuple[int, int]]) -> Chain:
+        """Return the chain of these descriptors, two words each."""
+        addr, word = entries[-1]
+        head = word >> 32 & _INDEX | len(entries) << 16
+        if entries[0][1] >> 48 & INDIRECT:
+            # 2.8.7: WRITE is ignored here, and in the table everything else is.
+            table = self._table(addr, word & _LOW32, len(entries) == 1)
+            entries = [(table[at], table[at + 1]) for at in range(0, len(table), 2)]
+        if any(word >> 48 & INDIRECT for _, word in entries):
+            raise GuestError("an indirect descriptor where none can be")
+        return self._chain(head, [(addr, word & _LOW32, word >> 48) for addr, word in entries])
+
+    def unpop(self) -> None:
+        """Put the chain popped last back; nothing may have been pushed since."""
+        self._next -= self._popped
+        if self._next < 0:
+            self._next += self.size
+            self._lap ^= _LAP
+        self._popped = 0
+        if self._noted:
+            self._noted.pop()
+
+    def push(self, head: int, written: int) -> None:
+        """Complete the oldest popped chain, `head`, with `written` bytes; not visible yet."""
+        self._pushed.append((head, written))
+        if self._log is not None:
+            self._mark_written(written)
+
+    def publish(self) -> bool:
+        """Let the guest see what was pushed; return whether it wants a call (2.8.10)."""
+        if not self._pushed:
+            return False
+        desc, size, at, lap = self._desc, self.size, self._used, self._used_lap
+        first = 0
+        skipped = 0
+        for head, written in self._pushed:
+            word = written | (head & _INDEX) << 32 | (lap | WRITE if written else lap) << 48
+            if skipped:
+                desc[2 * at + 1] = word
+            else:
+                first = word
+            count = head >> 16
+            skipped += count
+            at += count
+            if at >= size:
+                at -= size
+                lap ^= _LAP
+        if WEAKLY_ORDERED:  # 2.8.12: the guest looks at the others once it saw the first
+            fence()
+        desc[2 * self._used + 1] = first
+        if self._log_used is not None:
+            self._mark_used()
+        self._pushed.clear()
+        self._used, self._used_lap = at, lap
+        fence()  # 2.8.22: the flags before a look at what suppresses calls
+        event = self._driver_event[0]
+        mode = event >> 16 & 3
+        if mode == _EVENT_DISABLE:
+            return False
+        if mode != _EVENT_DESC or not self._event_idx:
+            return True
+        wanted = event & ~_WRAP & _INDEX
+        if bool(event & _WRAP) != bool(lap):
+            wanted -= size
+        return (at - wanted - 1) & _INDEX < skipped
+
+    def want_kicks(self) -> bool:
+        """Ask the guest to kick at its next buffer; return whether there already is one."""
+        if self._event_idx:
+            wrap = _WRAP if self._lap == _AVAIL else 0
+            self._device_event[0] = self._next | wrap | _EVENT_DESC << 16
+        else:
+            self._device_event[0] = _EVENT_ENABLE << 16
+        if self._log_used is not None:
+            self._mark_own(self._log_used, 4)
+        fence()  # 2.8.10: the wish before the last look
+        return self.ready()
+
+    def refuse_kicks(self) -> None:
+        """Ask the guest not to kick."""
+        self._device_event[0] = _EVENT_DISABLE << 16
+        if self._log_used is not None:
+            self._mark_own(self._log_used, 4)
+
+    def _mark_used(self) -> None:
+        """Mark the descriptors about to be used; SET_VRING_ADDR gives no log address for these."""
+        at = self._used
+        for head, _ in self._pushed:
+            self._mark_own(self._desc_addr + DESC_SIZE * at, DESC_SIZE)
+            at = (at + (head >> 16)) % self.size
+
+    def _own_words(self, used_addr: int) -> list[tuple[int, int]]:
+        return [(used_addr, 4), (self._desc_addr, DESC_SIZE * self.size)]
