@@ -265,6 +265,28 @@ def status(as_json: bool, path: str | None) -> None:
         raise ConsoleError("; ".join(map(str, failures)))
 
 
+@cli.command()
+@click.argument("path", metavar="SOCKET", required=False)
+@click.option("--data", metavar="HOST:PORT|PATH", help="Where a client of the console attaches.")
+@click.option("--only", multiple=True, metavar="PATTERN", help="Only statements so called.")
+@click.option("--list", "only_list", is_flag=True, help="Show the statements and try none.")
+@click.option(
+    "--timeout", type=float, default=3.0, show_default=True, help="Seconds each may wait."
+)
+@click.option("--strict", is_flag=True, help="Fail on a SHOULD that does not hold, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+@click.option("--junit", type=click.Path(), metavar="FILE", help="Write JUnit XML as well.")
+@click.pass_context
+def check(ctx: click.Context, /, **options: Any) -> None:
+    """Try what the specifications demand on the console backend at SOCKET, whoever made it.
+
+    Exit status 0 when every MUST holds, 1 when one does not, 2 when nothing could be checked.
+    """
+    from .testing.conformance import command
+
+    ctx.exit(command.check(**options, version=__version__))
+
+
 _HEAD = [
     "NAME",
     "STATE",

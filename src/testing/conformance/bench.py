@@ -13,7 +13,7 @@ from itertools import count
 from types import TracebackType
 from typing import Self
 
-from ...errors import ConsoleError
+from ...errors import ConfigError, ConsoleError
 from ...worker.vhost_user.message import ProtocolFeature, Region
 from ..console import ConsoleDriver, Control, Event
 from ..errors import DeviceError, NackError
@@ -42,7 +42,7 @@ class GoneError(ConsoleError):
     """The backend does not answer on a new connection."""
 
 
-class CannotRunError(ConsoleError):
+class CannotRunError(ConfigError):
     """There is nothing to check: no socket, or no vhost-user backend behind it."""
 
 
@@ -121,14 +121,10 @@ class Client:
     def __init__(self, backend: Backend) -> None:
         if backend.data is None:
             raise SkippedError("--data does not say where a client attaches")
-        unix = isinstance(backend.data, str)
         self.timeout = backend.timeout
-        self._socket = socket.socket(socket.AF_UNIX if unix else socket.AF_INET)
-        self._socket.settimeout(backend.timeout)
         try:
-            self._socket.connect(backend.data)
+            self._socket = _attach(backend.data, backend.timeout)
         except OSError as error:
-            self._socket.close()
             reason = error.strerror or error
             raise BrokenError(f"no client can attach: {reason}", "a connection") from None
         self.received = bytearray()
@@ -169,6 +165,19 @@ class Client:
         data = bytes(self.received[:at])
         del self.received[: at + len(end)]
         return data
+
+
+def _attach(data: tuple[str, int] | str, timeout: float) -> socket.socket:
+    if not isinstance(data, str):
+        return socket.create_connection(data, timeout)
+    peer = socket.socket(socket.AF_UNIX)
+    try:
+        peer.settimeout(timeout)
+        peer.connect(data)
+    except BaseException:
+        peer.close()
+        raise
+    return peer
 
 
 _markers = count(1)
