@@ -1,0 +1,64 @@
+"""What the documents say is true of the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from pkgutil import resolve_name
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted(ROOT.glob("docs/*.md"))
+
+#: A row of docs/limits.md: what, the number with its unit, the constant.
+_LIMIT = re.compile(r"^\|[^|]+\| ([\d.]+) ?(\S*) \| `([\w.]+)` \|$", re.MULTILINE)
+
+_BYTES = {"": 1, "bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_NANOSECONDS = {"µs": 10**3, "ms": 10**6, "s": 10**9, "h": 3600 * 10**9}
+
+#: What a constant counts in, by the end of its name; seconds when there is none of these.
+_COUNTED_IN = {"_NS": 1, "_US": 10**3, "_MS": 10**6}
+
+
+def limits() -> list[tuple[str, str, str]]:
+    return _LIMIT.findall((ROOT / "docs/limits.md").read_text())
+
+
+@pytest.mark.parametrize(("number", "unit", "name"), limits(), ids=lambda value: value or "-")
+def test_a_limit_is_what_the_document_says(number: str, unit: str, name: str) -> None:
+    value = resolve_name(f"vhost_device_console.{name}")
+    if unit in _BYTES:
+        assert value == float(number) * _BYTES[unit]
+    else:
+        counted_in = _COUNTED_IN.get(name[-3:], 10**9)
+        assert value * counted_in == float(number) * _NANOSECONDS[unit]
+
+
+def test_every_row_of_the_limits_is_compared() -> None:
+    text = (ROOT / "docs/limits.md").read_text()
+    rows = [line for line in text.splitlines() if re.match(r"\| (?!what \|)", line)]
+    assert len(limits()) == len(rows)
+
+
+@pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
+def test_a_document_leads_to_what_is_there(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text())
+    assert [target for target in targets if not (document.parent / target).exists()] == []
+
+
+def _anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCS, ids=lambda path: path.name)
+def test_a_document_leads_to_its_own_headings(document: Path) -> None:
+    text = document.read_text()
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) - _anchors(text) == set()
+
+
+def test_every_source_that_is_named_is_listed_and_every_listed_one_named() -> None:
+    body, _, sources = (ROOT / "docs/features.md").read_text().partition("## Sources")
+    mark = re.compile(r"\[([A-Z]\d+)\]")
+    assert set(mark.findall(body)) == set(mark.findall(sources))
