@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
+from vhost_device_console import config
+from vhost_device_console.cli import cli
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(ROOT.glob("docs/*.md"))
@@ -62,3 +65,24 @@ def test_every_source_that_is_named_is_listed_and_every_listed_one_named() -> No
     body, _, sources = (ROOT / "docs/features.md").read_text().partition("## Sources")
     mark = re.compile(r"\[([A-Z]\d+)\]")
     assert set(mark.findall(body)) == set(mark.findall(sources))
+
+
+def commands() -> list[list[str]]:
+    """Return the commands of ours in the documents' examples, without the program's name."""
+    examples = [
+        example.replace("\\\n", " ")
+        for document in DOCS
+        for example in re.findall(r"```sh\n(.*?)```", document.read_text(), re.DOTALL)
+    ]
+    lines = [shlex.split(line, comments=True) for text in examples for line in text.splitlines()]
+    return [line[1:] for line in lines if line[:1] == ["vhost-device-console"]]
+
+
+@pytest.mark.parametrize("arguments", commands(), ids=" ".join)
+def test_a_command_of_the_documents_is_one_that_there_is(arguments: list[str]) -> None:
+    first, *rest = arguments
+    if first in cli.commands:
+        cli.commands[first].make_context(first, rest)
+        return
+    for port in cli.make_context("vhost-device-console", arguments).params["ports"]:
+        config.parse_port(port, "--port")
