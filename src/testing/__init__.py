@@ -19,7 +19,17 @@ vhost_device_console.testing.guest SOCKET` is a whole guest with a local shell.
 """
 
 from .console import ConsoleDriver, Control, Event, GuestPort
-from .conversation import connect_like_qemu, connect_like_uml, stop_like_qemu, stop_like_uml
+from .conversation import (
+    connect_like_cloud_hypervisor,
+    connect_like_crosvm,
+    connect_like_qemu,
+    connect_like_uml,
+    pause_like_qemu,
+    rebind_like_uml,
+    resume_like_qemu,
+    stop_like_qemu,
+    stop_like_uml,
+)
 from .driver import Buffer, Chain, RingDriver, Used, fence, need_event
 from .errors import DeviceError, NackError, RingFullError
 from .features import DRIVER_FEATURES, Feature
@@ -50,11 +60,16 @@ __all__ = [
     "RingFullError",
     "SplitDriver",
     "Used",
+    "connect_like_cloud_hypervisor",
+    "connect_like_crosvm",
     "connect_like_qemu",
     "connect_like_uml",
     "fence",
     "make_driver",
     "need_event",
+    "pause_like_qemu",
+    "rebind_like_uml",
+    "resume_like_qemu",
     "stop_like_qemu",
     "stop_like_uml",
 ]

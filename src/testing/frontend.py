@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
-import struct
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -14,33 +14,32 @@ from ..errors import FrontendError
 from ..worker.vhost_user import message
 from ..worker.vhost_user.message import (
     HEADER_SIZE,
+    BackendRequest,
     ConfigSpan,
+    Direction,
     Header,
+    InflightArea,
+    LogArea,
     ProtocolFeature,
     Region,
     Request,
+    StateTransfer,
     VringAddr,
     VringFd,
     VringState,
 )
+from .driver import RingDriver
 from .errors import DeviceError, NackError
 from .features import DRIVER_FEATURES, Feature
 from .memory import GuestMemory
-from .queue import CallAs, Queue
-from .split import SplitDriver
+from .queue import CallAs, Queue, wait_readable
 
-#: What the mock frontend accepts when it is offered.
-FRONTEND_FEATURES = (
-    ProtocolFeature.MQ
-    | ProtocolFeature.REPLY_ACK
-    | ProtocolFeature.BACKEND_REQ
-    | ProtocolFeature.CONFIG
-)
+#: What the mock frontend accepts when it is offered: everything there is a name for.
+FRONTEND_FEATURES = ~ProtocolFeature(0)
 
 _MOST_FDS = 253  # the kernel's limit, SCM_MAX_FD
 
-#: SET_VRING_ADDR's flag: log the ring's used writes at `log`.
-VRING_F_LOG = 1
+_PIPE = 1 << 16
 
 _T = TypeVar("_T")
 
@@ -63,6 +62,11 @@ class Frontend:
 
     `queues` holds what `start_queue` started. After `negotiate`, `features` and
     `protocol_features` are what both sides agreed on.
+
+    The backend's own messages are taken by `recv_backend`, or with the calls of in-band queues:
+    `config_changes` counts those of that kind, `broken` are the rings of VRING_ERR. What asks for
+    an answer gets one, unless `answers` is false. `inflight` is the area of GET_INFLIGHT_FD and its
+    descriptor; it outlives connections, for `reconnect`.
     """
 
     def __init__(self, target: str | socket.socket, *, timeout: float = 10.0) -> None:
@@ -72,6 +76,10 @@ class Frontend:
         self.protocol_features = 0
         self.queues: dict[int, Queue] = {}
         self.backend_channel: socket.socket | None = None
+        self.config_changes = 0
+        self.broken: list[int] = []
+        self.answers = True
+        self.inflight: tuple[InflightArea, int] | None = None
         self.conversation: Callable[[Frontend], None] | None = None
         self.path = target if isinstance(target, str) else None
         self.socket = _connect(target, timeout) if isinstance(target, str) else target
@@ -87,6 +95,7 @@ class Frontend:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+        self.forget_inflight()
 
     def close(self) -> None:
         """Close the connection and every notifier at once, without a word, as if killed.
@@ -148,14 +157,21 @@ class Frontend:
         return _receive_message(self.socket, self.timeout, what)
 
     def request(
-        self, request: int, payload: bytes = b"", fds: Sequence[int] = (), *, with_fd: bool = False
+        self,
+        request: int,
+        payload: bytes = b"",
+        fds: Sequence[int] = (),
+        *,
+        with_fd: bool = False,
+        need_reply: bool = False,
     ) -> Message:
         """Send a message that has an answer of its own, and return the answer.
 
-        Raises DeviceError when the answer is another message, no reply, or has descriptors that
-        `with_fd` does not allow.
+        `need_reply`, which some frontends set on every message, changes nothing. Raises DeviceError
+        when the answer is another message, no reply, or has descriptors that `with_fd` does not
+        allow.
         """
-        self.send(request, payload, fds)
+        self.send(request, payload, fds, need_reply=need_reply)
         return self.reply_to(request, with_fd=with_fd)
 
     def reply_to(self, request: int, *, with_fd: bool = False) -> Message:
@@ -237,6 +253,20 @@ class Frontend:
         """RESET_DEVICE."""
         self.tell(Request.RESET_DEVICE, ack=ack)
 
+    def set_status(self, status: int, *, ack: bool | None = None) -> None:
+        """SET_STATUS: the virtio device status."""
+        self.tell(Request.SET_STATUS, message.encode_u64(status), ack=ack)
+
+    def get_status(self) -> int:
+        """GET_STATUS."""
+        return self._get_u64(Request.GET_STATUS)
+
+    def add_status(self, status: int) -> None:
+        """Set bits of the device status as QEMU does: read, then write what is new."""
+        before = self.get_status()
+        if before | status != before:
+            self.set_status(before | status, ack=False)
+
     def get_queue_num(self) -> int:
         """GET_QUEUE_NUM: how many queues there can be."""
         return self._get_u64(Request.GET_QUEUE_NUM)
@@ -257,11 +287,19 @@ class Frontend:
 
     def add_mem_reg(self, region: Region, fd: int, *, ack: bool | None = None) -> None:
         """ADD_MEM_REG."""
-        self.tell(Request.ADD_MEM_REG, _MEM_REG.pack(0, *region), [fd], ack=ack)
+        self.tell(Request.ADD_MEM_REG, message.encode_region(region), [fd], ack=ack)
 
-    def rem_mem_reg(self, region: Region, *, ack: bool | None = None) -> None:
-        """REM_MEM_REG."""
-        self.tell(Request.REM_MEM_REG, _MEM_REG.pack(0, *region), ack=ack)
+    def rem_mem_reg(
+        self, region: Region, fd: int | None = None, *, ack: bool | None = None
+    ) -> None:
+        """REM_MEM_REG; some frontends send a descriptor along."""
+        fds = [] if fd is None else [fd]
+        self.tell(Request.REM_MEM_REG, message.encode_region(region), fds, ack=ack)
+
+    def add_memory(self, memory: GuestMemory, *, ack: bool | None = None) -> None:
+        """ADD_MEM_REG for each region, as a frontend with CONFIGURE_MEM_SLOTS does."""
+        for region, fd in memory.regions():
+            self.add_mem_reg(region, fd, ack=ack)
 
     def set_vring_num(self, ring: int, size: int, *, ack: bool | None = None) -> None:
         """SET_VRING_NUM: how many descriptors the ring has."""
@@ -293,6 +331,10 @@ class Frontend:
         """SET_VRING_ADDR, in the frontend's own addresses."""
         payload = VringAddr(ring, flags, desc, used, avail, log).encode()
         self.tell(Request.SET_VRING_ADDR, payload, ack=ack)
+
+    def vring_kick(self, ring: int, *, ack: bool | None = None) -> None:
+        """VRING_KICK: a kick as a message, served before it is acknowledged."""
+        self.tell(Request.VRING_KICK, VringState(ring, 0).encode(), ack=ack)
 
     def set_vring_kick(self, ring: int, fd: int | None, *, ack: bool | None = None) -> None:
         """SET_VRING_KICK; None: the backend shall poll."""
@@ -333,11 +375,178 @@ class Frontend:
         with theirs:
             self.tell(Request.SET_BACKEND_REQ_FD, fds=[theirs.fileno()], ack=ack)
 
-    def recv_backend_request(self) -> Message:
-        """Return the backend's next message on its own channel."""
+    def recv_backend(self) -> Message:
+        """Return the backend's next message on its own channel, counted and answered."""
         if self.backend_channel is None:
             raise ValueError("there is no backend channel: set_backend_req_fd makes one")
-        return _receive_message(self.backend_channel, self.timeout, "a backend's request")
+        message_ = _receive_message(self.backend_channel, self.timeout, "a backend's request")
+        request, _size, reply, need_reply = message_.header
+        if reply:
+            raise DeviceError(f"message {request} of the backend is a reply to nothing")
+        match request:
+            case BackendRequest.CONFIG_CHANGE_MSG:
+                self.config_changes += 1
+            case BackendRequest.VRING_CALL:
+                ring = _decoded(VringState.decode, message_.payload, request).ring
+                if ring in self.queues:
+                    self.queues[ring].called += 1
+            case BackendRequest.VRING_ERR:
+                self.broken.append(_decoded(VringState.decode, message_.payload, request).ring)
+            case _:
+                raise DeviceError(f"there is no message {request} from backends")
+        if need_reply and self.answers:
+            answer = message.encode(request, message.encode_u64(0), reply=True)
+            self.backend_channel.sendall(answer)
+        return message_
+
+    # What a queue without descriptors of its own needs; see `queue.Inband`.
+
+    def kick_inband(self, ring: int) -> None:
+        """Kick a ring by a message."""
+        self.vring_kick(ring)
+
+    def calls_fd(self) -> int | None:
+        """Return what is readable once the backend says something on its channel."""
+        return None if self.backend_channel is None else self.backend_channel.fileno()
+
+    def take_backend(self) -> None:
+        """Take whatever the backend has said on its channel."""
+        while self.backend_channel is not None:
+            readable, _, _ = select.select([self.backend_channel], [], [], 0)
+            if not readable:
+                return
+            try:
+                self.recv_backend()
+            except ConnectionError:
+                self.backend_channel.close()
+                self.backend_channel = None
+
+    # Migration.
+
+    def set_log_base(self, area: LogArea, fd: int) -> None:
+        """SET_LOG_BASE: where the bitmap of written pages is."""
+        self.request(Request.SET_LOG_BASE, area.encode(), [fd])
+
+    def set_log_fd(self, fd: int, *, ack: bool | None = None) -> None:
+        """SET_LOG_FD: what to signal when the bitmap has changed."""
+        self.tell(Request.SET_LOG_FD, fds=[fd], ack=ack)
+
+    def start_log(self, area: LogArea, fd: int) -> None:
+        """Let the backend log what it writes, into a bitmap, as QEMU does at a migration's start.
+
+        The used rings are logged where they are.
+        """
+        self.set_log_base(area, fd)
+        self.set_features(self.features | Feature.LOG_ALL)
+        for queue in self.queues.values():
+            self._set_addr(queue, message.VRING_F_LOG, queue.driver.used_addr, None)
+
+    def stop_log(self) -> None:
+        """Let the backend log no more."""
+        self.set_features(self.features & ~Feature.LOG_ALL)
+        for queue in self.queues.values():
+            self._set_addr(queue, 0, 0, None)
+
+    def get_inflight_fd(
+        self, queues: int, queue_size: int, *, need_reply: bool = False
+    ) -> InflightArea:
+        """GET_INFLIGHT_FD; what came is kept in `inflight`, unless the backend has no area."""
+        self.forget_inflight()
+        answer = self.request(
+            Request.GET_INFLIGHT_FD,
+            InflightArea(0, 0, queues, queue_size).encode(),
+            with_fd=True,
+            need_reply=need_reply,
+        )
+        area = _decoded(InflightArea.decode, answer.payload, Request.GET_INFLIGHT_FD)
+        if len(answer.fds) != bool(area.size):
+            _close_all(answer.fds)
+            raise DeviceError(f"GET_INFLIGHT_FD has {len(answer.fds)} descriptors with {area}")
+        if answer.fds:
+            self.inflight = area, answer.fds[0]
+        return area
+
+    def set_inflight_fd(self, area: InflightArea, fd: int, *, ack: bool | None = None) -> None:
+        """SET_INFLIGHT_FD."""
+        self.tell(Request.SET_INFLIGHT_FD, area.encode(), [fd], ack=ack)
+
+    def forget_inflight(self) -> None:
+        """Close the descriptor of the area for buffers in flight."""
+        if self.inflight is not None:
+            os.close(self.inflight[1])
+            self.inflight = None
+
+    def set_device_state_fd(self, direction: int, fd: int, *, phase: int = 0) -> int:
+        """SET_DEVICE_STATE_FD; return the answer, 0x100 when the backend will use `fd`."""
+        payload = StateTransfer(direction, phase).encode()
+        return _u64(
+            self.request(Request.SET_DEVICE_STATE_FD, payload, [fd]), Request.SET_DEVICE_STATE_FD
+        )
+
+    def check_device_state(self) -> int:
+        """CHECK_DEVICE_STATE: 0 when the last state was moved whole."""
+        return self._get_u64(Request.CHECK_DEVICE_STATE)
+
+    def save_state(self) -> bytes:
+        """Return the device's state, as a frontend that migrates away reads it.
+
+        Raises NackError when the backend does not want to give it, or could not.
+        """
+        ours, theirs = os.pipe2(os.O_CLOEXEC)
+        try:
+            try:
+                self._transfer(Direction.SAVE, theirs)
+            finally:
+                os.close(theirs)
+            deadline = time.monotonic() + self.timeout
+            parts = []
+            while True:
+                wait_readable([ours], deadline, "the rest of the device's state")
+                data = os.read(ours, _PIPE)
+                if not data:
+                    break
+                parts.append(data)
+        finally:
+            os.close(ours)
+        self._check_transfer()
+        return b"".join(parts)
+
+    def load_state(self, state: bytes) -> None:
+        """Give the device a state, as a frontend that was migrated to writes it.
+
+        Raises NackError when the backend does not take it.
+        """
+        theirs, ours = os.pipe2(os.O_CLOEXEC)
+        try:
+            try:
+                self._transfer(Direction.LOAD, theirs)
+            finally:
+                os.close(theirs)
+            os.set_blocking(ours, False)
+            deadline = time.monotonic() + self.timeout
+            rest = memoryview(state)
+            while rest:
+                poll = select.poll()
+                poll.register(ours, select.POLLOUT)
+                if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                    raise TimeoutError("room for the device's state did not come in time")
+                try:
+                    rest = rest[os.write(ours, rest[:_PIPE]) :]
+                except BrokenPipeError:
+                    break  # the backend has seen enough; it says why when it is asked
+        finally:
+            os.close(ours)
+        self._check_transfer()
+
+    def _transfer(self, direction: Direction, fd: int) -> None:
+        answer = self.set_device_state_fd(direction, fd)
+        if answer != message.NO_FD:
+            raise NackError(_name(Request.SET_DEVICE_STATE_FD), answer)
+
+    def _check_transfer(self) -> None:
+        outcome = self.check_device_state()
+        if outcome:
+            raise NackError(_name(Request.CHECK_DEVICE_STATE), outcome)
 
     # Steps of a conversation.
 
@@ -355,27 +564,31 @@ class Frontend:
     def start_queue(
         self,
         index: int,
-        driver: SplitDriver,
+        driver: RingDriver,
         *,
         call_as: CallAs = "eventfd",
         base: int | None = None,
         enable: bool = True,
     ) -> Queue:
-        """Start a ring at `base`, by default its used.idx, and return it with its notifiers.
+        """Start a ring at `base`, by default where it goes on, and return it with its notifiers.
 
-        A driver that was started before goes on where it was. `enable` also enables the ring, when
-        that can be said (bit 30 negotiated).
+        A driver that was started before goes on where it was. With `call_as` "inband" it has no
+        descriptors, and starts at its first kick. `enable` also enables the ring, when that can be
+        said (bit 30 negotiated).
         """
         queue = self.queue(index, driver)
         driver.set_features(self.features)
         self.describe_queue(queue, base=base)
-        self.give_call(queue, call_as)
-        self.set_vring_kick(index, queue.new_kick_fd())
+        if call_as == "inband":
+            queue.inband = self
+        else:
+            self.give_call(queue, call_as)
+            self.set_vring_kick(index, queue.new_kick_fd())
         if enable and self.features & Feature.PROTOCOL_FEATURES:
             self.enable(index)
         return queue
 
-    def queue(self, index: int, driver: SplitDriver) -> Queue:
+    def queue(self, index: int, driver: RingDriver) -> Queue:
         """Return queue `index`, made for `driver` unless it is that driver's already."""
         queue = self.queues.get(index)
         if queue is None or queue.driver is not driver:
@@ -390,18 +603,23 @@ class Frontend:
         """Say how large the ring is, where it goes on and where it lies: NUM, BASE, ADDR."""
         driver = queue.driver
         self.set_vring_num(queue.index, driver.size, ack=ack)
-        self.set_vring_base(queue.index, driver.used_idx if base is None else base, ack=ack)
+        self.set_vring_base(queue.index, driver.base if base is None else base, ack=ack)
+        self._set_addr(queue, 0, log, ack)
+
+    def _set_addr(self, queue: Queue, flags: int, log: int, ack: bool | None) -> None:
+        driver = queue.driver
         self.set_vring_addr(
             queue.index,
             driver.memory.user_addr(driver.desc_addr),
             driver.memory.user_addr(driver.used_addr),
             driver.memory.user_addr(driver.avail_addr),
             log,
+            flags=flags,
             ack=ack,
         )
 
     def give_call(self, queue: Queue, call_as: CallAs, *, ack: bool | None = None) -> None:
-        """Send a fresh call descriptor for the queue."""
+        """Send a fresh call descriptor for the queue; `call_as` is not "inband"."""
         fd = queue.new_call_fd(call_as)
         try:
             self.set_vring_call(queue.index, fd, ack=ack)
@@ -428,9 +646,6 @@ class Frontend:
     def _vring_fd(self, request: Request, ring: int, fd: int | None, ack: bool | None) -> None:
         payload = VringFd(ring, fd is not None).encode()
         self.tell(request, payload, [] if fd is None else [fd], ack=ack)
-
-
-_MEM_REG = struct.Struct("=QQQQQ")
 
 
 def _name(request: int) -> str:

@@ -6,28 +6,45 @@ import os
 import select
 import socket
 import time
-from typing import Literal
+from typing import Literal, Protocol
 
-from .split import SplitDriver, Used
+from .driver import RingDriver, Used
 
-CallAs = Literal["eventfd", "socketpair"]
+#: How the device calls; "inband" is by messages, and kicks are messages then too.
+CallAs = Literal["eventfd", "socketpair", "inband"]
 
 _ONE = (1).to_bytes(8, "little")
+
+
+class Inband(Protocol):
+    """Notifications as messages; the frontend's part."""
+
+    def kick_inband(self, ring: int) -> None:
+        """Kick a ring; it has been served when this returns."""
+
+    def calls_fd(self) -> int | None:
+        """Return what is readable once there may be calls, None when none will come."""
+
+    def take_backend(self) -> None:
+        """Add what came to each queue's `called`."""
 
 
 class Queue:
     """A ring and its notifications; `Frontend.start_queue` makes it.
 
     Kicks go out through an eventfd. Calls come in through an eventfd, as QEMU and most others
-    have it, or a unix stream socket on which a call is 8 bytes, as User Mode Linux has it.
-    `kicks` and `calls` count notifications.
+    have it, or a unix stream socket on which a call is 8 bytes, as User Mode Linux has it. With
+    `inband` both are messages instead. `kicks` and `calls` count notifications; `called` are calls
+    by message that nobody has taken yet.
     """
 
-    def __init__(self, index: int, driver: SplitDriver) -> None:
+    def __init__(self, index: int, driver: RingDriver) -> None:
         self.index = index
         self.driver = driver
+        self.inband: Inband | None = None
         self.kicks = 0
         self.calls = 0
+        self.called = 0
         self._kick_fd: int | None = None
         self._call_fd: int | None = None
         self._call_kind: CallAs = "eventfd"
@@ -35,7 +52,7 @@ class Queue:
     @property
     def call_fd(self) -> int | None:
         """The descriptor that is readable once the device called; None when there is none."""
-        return self._call_fd
+        return self._call_fd if self.inband is None else self.inband.calls_fd()
 
     def new_kick_fd(self, *, blocking: bool = False) -> int:
         """Return a fresh kick descriptor, to be sent; it stays this queue's."""
@@ -60,10 +77,15 @@ class Queue:
         """Close both descriptors; the ring stays as it is."""
         _close(self._kick_fd)
         _close(self._call_fd)
-        self._kick_fd = self._call_fd = None
+        self._kick_fd = self._call_fd = self.inband = None
+        self.called = 0
 
     def kick(self) -> None:
         """Notify the device, wanted or not."""
+        if self.inband is not None:
+            self.kicks += 1
+            self.inband.kick_inband(self.index)
+            return
         if self._kick_fd is None:
             raise ValueError(f"queue {self.index} is not started")
         self.kicks += 1
@@ -79,6 +101,11 @@ class Queue:
 
     def take_calls(self) -> int:
         """Return how many calls came since the last time, and forget them."""
+        if self.inband is not None:
+            self.inband.take_backend()
+            count, self.called = self.called, 0
+            self.calls += count
+            return count
         if self._call_fd is None:
             return 0
         try:
@@ -107,7 +134,7 @@ class Queue:
             if used:
                 return used
             if not self.driver.enable_calls():
-                wait_readable([self._call_fd], deadline, f"a used chain on queue {self.index}")
+                wait_readable([self.call_fd], deadline, f"a used chain on queue {self.index}")
                 self.take_calls()
 
 

@@ -37,6 +37,7 @@ class Ring:
         self.kick: int | None = None
         self.call: int | None = None
         self.enabled = False
+        self.started = False
 
 
 class Device:
@@ -64,6 +65,8 @@ class Device:
         self.rings = [Ring() for _ in range(4)]
         self.regions: list[tuple[int, int, int, mmap.mmap]] = []
         self.features = 0
+        self.status = 0
+        self.reply_fd: int | None = None
         self.backend_channel: int | None = None
         self.wake = os.eventfd(0)
 
@@ -111,13 +114,19 @@ class Device:
         if request == self.hang_up_after:
             return False
         answer = self.act(request, payload, fds)
-        for fd in fds:
-            os.close(fd)
+        carried = [] if self.reply_fd is None else [self.reply_fd]
+        if request == 35:
+            self.rings[payload[0]].started = True
+            self.work()
         if answer is None and flags & 8:
             answer = struct.pack("=Q", request in self.refuse)
         answer = self.answers.get(request, answer)
         if answer is not None and request not in self.mute:
-            self.connection.sendall(struct.pack("=III", request, 5, len(answer)) + answer)
+            data = struct.pack("=III", request, 5, len(answer)) + answer
+            assert socket.send_fds(self.connection, [data], carried) == len(data)
+        self.reply_fd = None
+        for fd in fds:
+            os.close(fd)
         return True
 
     def act(self, request: int, payload: bytes, fds: list[int]) -> bytes | None:
@@ -157,7 +166,24 @@ class Device:
             case 17:
                 return struct.pack("=Q", 4)
             case 21:
+                if self.backend_channel is not None:
+                    os.close(self.backend_channel)
                 self.backend_channel = fds.pop()
+            case 31:
+                fds.append(os.memfd_create("inflight"))
+                os.ftruncate(fds[0], 4096)
+                self.reply_fd = fds[0]
+                return struct.pack("=QQ", 4096, 0) + payload[16:]
+            case 36:
+                return struct.pack("=Q", 32)
+            case 37:
+                guest, size, user, offset = struct.unpack_from("=QQQQ", payload, 8)
+                mapping = mmap.mmap(fds[0], size, offset=offset)
+                self.regions.append((guest, user, size, mapping))
+            case 39:
+                (self.status,) = struct.unpack("=Q", payload)
+            case 40:
+                return struct.pack("=Q", self.status)
             case 24:
                 offset, size, _ = struct.unpack_from("=III", payload)
                 return payload[:12] + CONFIG[offset : offset + size]
@@ -181,7 +207,7 @@ class Device:
             pass
 
     def waiting(self, ring: Ring) -> bool:
-        if ring.kick is None or not ring.enabled:
+        if (ring.kick is None and not ring.started) or not ring.enabled:
             return False
         index = self.at(ring.avail + 2, 2, user=True).cast("H")
         if self.features & 1 << 29:  # ask for a kick at the next one, always
@@ -211,6 +237,9 @@ class Device:
         index[0] = (index[0] + 1) & 0xFFFF
         if ring.call is not None:
             os.write(ring.call, struct.pack("=Q", 1))
+        elif ring.started and self.backend_channel is not None:
+            call = struct.pack("=IIIII", 4, 1, 8, self.rings.index(ring), 0)
+            assert os.write(self.backend_channel, call) == len(call)
 
     def take(self, ring: Ring) -> tuple[int, bytes]:
         head, chain = self.pop(ring)

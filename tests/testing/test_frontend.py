@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from vhost_device_console.testing import (
     NackError,
     SplitDriver,
 )
-from vhost_device_console.worker.vhost_user.message import Region
+from vhost_device_console.worker.vhost_user.message import InflightArea, LogArea, Region
 
 Serve = Callable[..., tuple[Any, socket.socket]]
 
@@ -100,6 +101,27 @@ TOLD: dict[str, tuple[Act, str, int]] = {
         "19000000 01000000 10000000 08000000 04000000 01000000 61626364",
         0,
     ),
+    "SET_LOG_FD": (lambda f: f.set_log_fd(0), "07000000 01000000 00000000", 1),
+    "SET_INFLIGHT_FD": (
+        lambda f: f.set_inflight_fd(InflightArea(0x1000, 0x20, 4, 64), 0),
+        "20000000 01000000 18000000 0010000000000000 2000000000000000 0400 4000 00000000",
+        1,
+    ),
+    "VRING_KICK": (
+        lambda f: f.vring_kick(3),
+        "23000000 01000000 08000000 03000000 00000000",
+        0,
+    ),
+    "SET_STATUS": (
+        lambda f: f.set_status(15),
+        "27000000 01000000 08000000 0f000000 00000000",
+        0,
+    ),
+    "REM_MEM_REG with a descriptor": (
+        lambda f: f.rem_mem_reg(REGION, 0),
+        "26000000 01000000 28000000 00000000 00000000" + REGION_BYTES,
+        1,
+    ),
     "RESET_DEVICE": (lambda f: f.reset_device(), "22000000 01000000 00000000", 0),
     "ADD_MEM_REG": (
         lambda f: f.add_mem_reg(REGION, 0),
@@ -143,6 +165,36 @@ ASKED: dict[str, tuple[Act, str, str, object]] = {
         "18000000 01000000 10000000 04000000 04000000 00000000 00000000",
         "18000000 05000000 10000000 04000000 04000000 00000000 01000000",
         b"\x01\0\0\0",
+    ),
+    "SET_LOG_BASE": (
+        lambda f: f.set_log_base(LogArea(0x1000, 0x20), 0),
+        "06000000 01000000 10000000 0010000000000000 2000000000000000",
+        "06000000 05000000 00000000",
+        None,
+    ),
+    "GET_STATUS": (
+        lambda f: f.get_status(),
+        "28000000 01000000 00000000",
+        "28000000 05000000 08000000 4f000000 00000000",
+        0x4F,
+    ),
+    "SET_DEVICE_STATE_FD": (
+        lambda f: f.set_device_state_fd(1, 0),
+        "2a000000 01000000 08000000 01000000 00000000",
+        "2a000000 05000000 08000000 00010000 00000000",
+        0x100,
+    ),
+    "CHECK_DEVICE_STATE": (
+        lambda f: f.check_device_state(),
+        "2b000000 01000000 00000000",
+        "2b000000 05000000 08000000 01000000 00000000",
+        1,
+    ),
+    "GET_INFLIGHT_FD of a backend that has none": (
+        lambda f: f.get_inflight_fd(4, 64),
+        "1f000000 01000000 18000000 0000000000000000 0000000000000000 0400 4000 00000000",
+        "1f000000 05000000 18000000 0000000000000000 0000000000000000 0400 4000 00000000",
+        (0, 0, 4, 64),
     ),
     "GET_MAX_MEM_SLOTS": (
         lambda f: f.get_max_mem_slots(),
@@ -434,12 +486,129 @@ def test_reconnect_without_a_path(pair: tuple[Frontend, socket.socket]) -> None:
         pair[0].reconnect()
 
 
-def test_backend_request(pair: tuple[Frontend, socket.socket]) -> None:
-    """What the backend says on its own channel can be received."""
-    frontend, peer = pair
-    frontend.set_backend_req_fd()
+def backend_of(frontend: Frontend, peer: socket.socket) -> socket.socket:
+    """Return the backend's end of a new backend channel."""
+    frontend.set_backend_req_fd(ack=False)
     _, (fd,), _, _ = socket.recv_fds(peer, 4096, 8)
-    with socket.socket(fileno=fd) as channel:
+    return socket.socket(fileno=fd)
+
+
+def test_backend_messages(pair: tuple[Frontend, socket.socket]) -> None:
+    """What the backend says on its own channel is received and counted."""
+    frontend, peer = pair
+    with GuestMemory() as memory, backend_of(frontend, peer) as channel:
+        queue = frontend.queue(1, SplitDriver(memory, 8))
         channel.sendall(h("02000000 01000000 00000000"))
-        message = frontend.recv_backend_request()
-    assert (message.header.request, message.payload, message.fds) == (2, b"", [])
+        channel.sendall(h("04000000 01000000 08000000 01000000 00000000"))
+        channel.sendall(h("05000000 01000000 08000000 03000000 00000000"))
+        assert [frontend.recv_backend().header.request for _ in range(3)] == [2, 4, 5]
+        assert (frontend.config_changes, queue.called, frontend.broken) == (1, 1, [3])
+
+
+def test_backend_message_is_answered(pair: tuple[Frontend, socket.socket]) -> None:
+    """The backend gets an answer if it asks for one."""
+    frontend, peer = pair
+    with backend_of(frontend, peer) as channel:
+        channel.sendall(h("04000000 09000000 08000000 02000000 00000000"))
+        frontend.recv_backend()
+        assert channel.recv(4096) == h("04000000 05000000 08000000 00000000 00000000")
+
+
+def test_backend_message_is_not_answered(pair: tuple[Frontend, socket.socket]) -> None:
+    """A frontend can be told not to answer."""
+    frontend, peer = pair
+    frontend.answers = False
+    with backend_of(frontend, peer) as channel:
+        channel.sendall(h("04000000 09000000 08000000 02000000 00000000"))
+        frontend.recv_backend()
+        channel.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            channel.recv(1)
+
+
+@pytest.mark.parametrize(
+    "data", ["04000000 05000000 08000000 00000000 00000000", "07000000 01000000 00000000"]
+)
+def test_backend_says_nonsense(pair: tuple[Frontend, socket.socket], data: str) -> None:
+    """A reply to nothing, and a message there is not, are the backend's fault."""
+    frontend, peer = pair
+    with backend_of(frontend, peer) as channel:
+        channel.sendall(h(data))
+        with pytest.raises(DeviceError, match="message"):
+            frontend.recv_backend()
+
+
+def test_inband_queue(serve: Serve) -> None:
+    """A queue without descriptors kicks and is called by messages."""
+    device, connection = serve()
+    with GuestMemory() as memory, Frontend(connection) as frontend:
+        frontend.negotiate()
+        frontend.set_memory(memory)
+        frontend.set_backend_req_fd()
+        queue = frontend.start_queue(1, SplitDriver(memory, 8), call_as="inband")
+        chain = queue.driver.add([b"out"])
+        assert queue.notify()
+        assert [used.chain for used in queue.wait()] == [chain]
+        queue.take_calls()
+        assert (queue.kicks, queue.calls) == (1, 1)
+    assert not {12, 13} & {seen.request for seen in device.seen}
+
+
+def test_state_is_saved(pair: tuple[Frontend, socket.socket]) -> None:
+    """A state is read from a pipe to its end."""
+    frontend, peer = pair
+    peer.sendall(h("2a000000 05000000 08000000 00010000 00000000"))
+    peer.sendall(h("2b000000 05000000 08000000 00000000 00000000"))
+
+    def backend() -> None:
+        _, (fd,), _, _ = socket.recv_fds(peer, 4096, 8)
+        with open(fd, "wb") as pipe:
+            pipe.write(bytes(1 << 20))
+
+    thread = threading.Thread(target=backend)
+    thread.start()
+    assert frontend.save_state() == bytes(1 << 20)
+    thread.join()
+
+
+def test_state_is_loaded(pair: tuple[Frontend, socket.socket]) -> None:
+    """A state is written into a pipe, which then ends."""
+    frontend, peer = pair
+    peer.sendall(h("2a000000 05000000 08000000 00010000 00000000"))
+    peer.sendall(h("2b000000 05000000 08000000 00000000 00000000"))
+    loaded: list[bytes] = []
+
+    def backend() -> None:
+        _, (fd,), _, _ = socket.recv_fds(peer, 4096, 8)
+        with open(fd, "rb") as pipe:
+            loaded.append(pipe.read())
+
+    thread = threading.Thread(target=backend)
+    thread.start()
+    frontend.load_state(bytes(1 << 20))
+    thread.join()
+    assert loaded == [bytes(1 << 20)]
+
+
+@pytest.mark.parametrize("answers", [["00000001"], ["00010000", "01000000"], ["01010000"]])
+def test_state_is_refused(pair: tuple[Frontend, socket.socket], answers: list[str]) -> None:
+    """A backend that wants another pipe, says no at first, or says no at last, is a NackError."""
+    frontend, peer = pair
+    for request, answer in zip(("2a", "2b"), answers, strict=False):
+        peer.sendall(h(f"{request}000000 05000000 08000000 {answer} 00000000"))
+    with pytest.raises(NackError):
+        frontend.load_state(b"")
+
+
+def test_inflight_area_outlives_the_connection(serve: Serve) -> None:
+    """The area's descriptor stays until the frontend is done with, and no longer."""
+    _, connection = serve()
+    before = set(os.listdir("/proc/self/fd"))
+    with Frontend(connection) as frontend:
+        area = frontend.get_inflight_fd(4, 64)
+        assert area == (4096, 0, 4, 64)
+        assert frontend.inflight is not None
+        frontend.close()
+        assert os.fstat(frontend.inflight[1]).st_size == 4096
+        fd = str(frontend.inflight[1])
+    assert fd not in os.listdir("/proc/self/fd") or fd in before
