@@ -5,10 +5,10 @@ Offsets count bytes since the journal was made and never go back. An output ring
 `size` bytes of an endless stream, any number of readers have cursors in it; an input ring holds
 what the guest has not taken yet.
 
-Layout, native byte order: a page of u64 words (magic; output size, head and seen; input size, head
-and tail), the output ring, the input ring. Sizes are powers of two and whole pages. A byte counts
-once its head is stored, and a head is one aligned 8-byte store, so a worker killed anywhere leaves
-a journal that is whole.
+Layout, native byte order: a page of u64 words (magic; output size, head, seen and origin; input
+size, head and tail), the output ring, the input ring. Sizes are powers of two and whole pages. A
+byte counts once its head is stored, and a head is one aligned 8-byte store, so a worker killed
+anywhere leaves a journal that is whole.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import os
 _MAGIC = int.from_bytes(b"VDCJRNL2", "little")
 _PAGE = 4096
 _WORD = 8
-_MAGIC_AT, _OUT_SIZE, _OUT_HEAD, _OUT_SEEN, _IN_SIZE, _IN_HEAD, _IN_TAIL = range(7)
+_MAGIC_AT, _OUT_SIZE, _OUT_HEAD, _OUT_SEEN, _OUT_ORIGIN, _IN_SIZE, _IN_HEAD, _IN_TAIL = range(8)
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -34,7 +34,7 @@ def create(name: str, output_bytes: int, input_bytes: int) -> int:
     for size in (output_bytes, input_bytes):
         if size < _PAGE or size & (size - 1):
             raise ValueError(f"a ring of {size} bytes: not a power of two of at least {_PAGE}")
-    header = (_MAGIC, output_bytes, 0, 0, input_bytes, 0, 0)
+    header = (_MAGIC, output_bytes, 0, 0, 0, input_bytes, 0, 0)
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, _PAGE + output_bytes + input_bytes)
@@ -52,6 +52,7 @@ class Output:
     def __init__(self, ring: memoryview, words: memoryview) -> None:
         self.size = len(ring)
         self.head: int = words[_OUT_HEAD]
+        self._origin: int = words[_OUT_ORIGIN]
         self._ring = ring
         self._mask = self.size - 1
         self._words = words
@@ -59,7 +60,7 @@ class Output:
     @property
     def tail(self) -> int:
         """The offset of the oldest byte still kept."""
-        return max(0, self.head - self.size)
+        return max(self._origin, self.head - self.size)
 
     @property
     def seen(self) -> int:
@@ -69,6 +70,16 @@ class Output:
     @seen.setter
     def seen(self, offset: int) -> None:
         self._words[_OUT_SEEN] = offset
+
+    def begin_at(self, offset: int) -> None:
+        """Let an output that is still empty go on where another journal's was."""
+        self._origin = self._words[_OUT_ORIGIN] = offset
+        self.head = self._words[_OUT_HEAD] = self.seen = offset
+
+    def copy(self, offset: int) -> bytes:
+        """Return everything from `offset`, which is as for `span`, to the head."""
+        first = bytes(self.span(offset))
+        return first + bytes(self.span(offset + len(first)))
 
     def append(self, data: memoryview | bytes) -> None:
         """Add at most `size` bytes; the oldest give way. They count from `commit` on."""
@@ -143,6 +154,25 @@ class Input:
 
     def __len__(self) -> int:
         return self.head - self.tail
+
+    def begin_at(self, offset: int) -> None:
+        """Let an input that is still empty go on where another journal's was."""
+        self.head = self._words[_IN_HEAD] = offset
+        self.tail = self._words[_IN_TAIL] = offset
+
+    def copy(self) -> bytes:
+        """Return everything that waits."""
+        at = self.tail & self._mask
+        end = at + len(self)
+        return bytes(self._ring[at:end]) + bytes(self._ring[: max(0, end - self.size)])
+
+    def feed(self, data: bytes) -> None:
+        """Add `data`, for which there is room."""
+        while data:
+            room = self.room()
+            room[: len(data)] = data[: len(room)]
+            self.fed(len(data[: len(room)]))
+            data = data[len(room) :]
 
     def room(self) -> memoryview:
         """Return free space in one piece, none when the ring is full; fill it, then `fed`."""

@@ -3,6 +3,8 @@
 A client has two halves that end on their own. The output half ends when writing fails; what the
 client typed before it left still reaches the guest. The input half ends at end of file; the client
 is then served until it takes nothing for a moment, so that a pipe into `nc -N` gets its answer.
+
+Where clients are terminals, the size of the one that typed last is the port's.
 """
 
 from __future__ import annotations
@@ -39,7 +41,10 @@ class _Seat:
 
 
 class Audience:
-    """The clients of `port`, who arrive at `endpoint`; `changed` hears of every come and go."""
+    """The clients of `port`, who arrive at `endpoint`.
+
+    `changed` hears of every come and go, `resized` of every other size of the port.
+    """
 
     def __init__(
         self,
@@ -49,6 +54,7 @@ class Audience:
         stall_ms: int,
         log: logging.LoggerAdapter[logging.Logger],
         changed: Callable[[], None],
+        resized: Callable[[], None],
     ) -> None:
         self._port = port
         self._endpoint = endpoint
@@ -56,6 +62,10 @@ class Audience:
         self._stall_s = stall_ms / 1000
         self._log = log
         self._changed = changed
+        self._resized = resized
+        self._fixed = (0, 0)  # a size that no client decides
+        self._typist: _Seat | None = None
+        self._frozen = False
         self._seats: list[_Seat] = []
         self._stall = poller.timer(self._stalled)
         self._stall_mark = -1
@@ -101,6 +111,8 @@ class Audience:
             client.writes, lambda events: self._writable(seat, events), 0, file_too=True
         )
         self._log.info("port %d: %s attached", self._port.id, client.name)
+        self._port.attended = True
+        self.decide_size()
         self._changed()
 
     # The input half
@@ -122,7 +134,7 @@ class Audience:
 
     def _read(self, seat: _Seat) -> None:
         room = self._port.input.room()
-        if not room:
+        if not room or self._frozen:
             seat.paused = True
             if seat.polled:
                 self._poller.want(seat.client.reads, 0)
@@ -135,13 +147,16 @@ class Audience:
             return
         if count:
             self._port.input.fed(count)
+            if seat is not self._typist or seat.client.size() != self._port.size:
+                self._typist = seat
+                self.decide_size()
         elif count == 0:
             self._ended(seat)
 
     def resume(self) -> None:
         """Let those type again who had to wait: the guest has taken input."""
         for seat in [*self._seats]:
-            if not seat.paused or not self._port.input.room():
+            if not seat.paused or self._frozen or not self._port.input.room():
                 continue
             seat.paused = False
             if seat.polled:
@@ -169,11 +184,36 @@ class Audience:
         if any(seat in self._seats for seat in waiting):
             self._grace.start(_GRACE_S)
 
+    # The size
+
+    def fix_size(self, columns: int, rows: int) -> None:
+        """Give the port this size, whatever its clients' is; 0 x 0 lets them decide again."""
+        self._fixed = (columns, rows)
+        self.decide_size()
+
+    def decide_size(self) -> None:
+        """Look whose size is the port's; the last one stays when nobody knows a size."""
+        if self._fixed != (0, 0):
+            size, by = self._fixed, "resize"
+        else:
+            known = [seat for seat in self._seats if seat.client.size() != (0, 0)]
+            if not known:
+                self._port.size_by = ""
+                return
+            decider = self._typist if self._typist in known else known[0]
+            size, by = decider.client.size(), decider.client.name
+        self._port.size_by = by
+        if size != self._port.size:
+            self._port.size = size
+            self._resized()
+            self._changed()
+
     # The output half
 
     def _writable(self, seat: _Seat, events: int) -> None:
         if events & HUP:
             self._deafen(seat)
+            self._arrive(0)  # a pty that was opened again meanwhile said so before this
             return
         seat.blocked = False
         self._poller.want(seat.client.writes, 0)
@@ -181,6 +221,8 @@ class Audience:
     def flush(self) -> bool:
         """Give everyone their next bytes; return whether anyone took some."""
         progress = False
+        if self._frozen:
+            return progress
         for seat in [*self._seats]:
             watcher = seat.watcher
             if watcher is None or seat.blocked or not (watcher.pending or seat.notice):
@@ -231,7 +273,7 @@ class Audience:
         if seat.watcher is None:
             return
         self._poller.forget(seat.client.writes)
-        self._port.detach(seat.watcher, seat.client.undelivered())
+        self._port.detach(seat.watcher, seat.client.end_output())
         seat.watcher = None
         if not seat.typing:
             self._leave(seat)
@@ -261,8 +303,23 @@ class Audience:
     def _leave(self, seat: _Seat) -> None:
         self._seats.remove(seat)
         seat.client.close()
+        if seat is self._typist:
+            self._typist = None
+        self._port.attended = bool(self._seats)
+        self.decide_size()
         self._log.info("port %d: %s left", self._port.id, seat.client.name)
         self._changed()
+
+    # The guest moves
+
+    def freeze(self) -> None:
+        """Let nothing more be read or typed: what waits goes where the guest goes."""
+        self._frozen = True
+
+    def thaw(self) -> None:
+        """Go on: the guest stayed, or another one came."""
+        self._frozen = False
+        self.resume()
 
     def close(self) -> None:
         """Let everyone go, and the endpoint."""

@@ -14,25 +14,29 @@ import socket
 from functools import partial
 from typing import Any
 
-from .. import config
+from .. import config, orders
 from ..health import Health, PortHealth
 from ..journal import Journal
+from . import state
 from .audience import Audience
 from .backends import pty, tcp, unix
 from .backends.base import Endpoint
 from .backends.terminal import Terminal
-from .console.device import FEATURES, MULTIPORT, Console, Role
-from .console.port import Port
+from .console.device import FEATURES, Console, Role
+from .console.port import Port, discard
 from .frontend import Frontend
 from .inheritance import Inheritance
 from .poller import Poller
 from .queues import BUDGET, IDLE, Queues, Work
 from .report import Report
 from .vhost_user import session as fx
-from .virtqueue.split import EVENT_IDX, INDIRECT_DESC, SplitQueue
+from .virtqueue.ring import RING_FEATURES, Ring
 
 #: The longest chain where the journal sets no limit of its own.
 _LONGEST_CHAIN = 1 << 20
+
+#: VHOST_USER_CONFIG's flag: the frontend writes on its own, for a guest that moved.
+_MIGRATION = 1
 
 #: How long readers may take what is left when the daemon ends.
 _LAST_S = 1.0
@@ -60,34 +64,23 @@ class Guest:
         self._poller.watch(inheritance.health, lambda _: self._poller.stop(), 0)
 
         self._orders = socket.socket(fileno=inheritance.orders)
-
-        self._ports = []
-        for port, files in zip(guest.ports, inheritance.ports, strict=True):
-            journal = Journal(files.journal)
-            os.close(files.journal)
-            self._ports.append(
-                Port(port.id, port.name, port.console, journal.output, journal.input)
-            )
-        self._console = Console(self._ports)
-        self._counters = Health()
+        self._poller.watch(inheritance.orders, self._on_order)
+        self._poller.on_signal(signal.SIGTERM, self._end)
         self._last_timer = self._poller.timer(self._poller.stop)
         self._ending = False
+        self._counters = Health()
 
-        self._poller.on_signal(signal.SIGTERM, self._end)
-        self._audiences = [
-            Audience(
-                port,
-                self._endpoint(described.backend, port, files.endpoint),
-                self._poller,
-                described.stall_ms,
-                self._log,
-                self._report.send,
-            )
-            for port, described, files in zip(
-                self._ports, guest.ports, inheritance.ports, strict=True
-            )
-        ]
-        self._queues = Queues(self, self._poller, self._counters, self._log, self._report.send)
+        self._audiences: dict[int, Audience] = {}
+        self._frozen = False
+        self._session: fx.Session
+        self._console = Console(
+            [],
+            guest.max_ports,
+            rows_first=guest.resize_order is config.ResizeOrder.LINUX_LEGACY,
+        )
+        self._queues = Queues(self, self._poller, self._counters, self._log, self._report.changed)
+        for port, files in zip(guest.ports, inheritance.ports, strict=True):
+            self._add_port(port, files.journal, files.endpoint)
         self._frontend = Frontend(
             inheritance.frontend,
             self._poller,
@@ -95,21 +88,57 @@ class Guest:
             self._log,
             begin=self._new_session,
             apply=self._apply,
-            gone=self._queues.release,
+            gone=self._gone,
             changed=self._report.send,
         )
 
-    def _endpoint(self, backend: config.Backend, port: Port, fd: int | None) -> Endpoint:
+    def _add_port(self, described: config.Port, journal_fd: int, endpoint: int | None) -> None:
+        journal = Journal(journal_fd)
+        os.close(journal_fd)
+        port = Port(
+            described.id,
+            described.name,
+            journal.output,
+            journal.input,
+            console=described.console,
+            blocking=described.overflow is config.Overflow.BLOCK,
+        )
+        self._console.add(port)
+
+        def changed() -> None:
+            self._console.control.host_changed(port)
+            self._report.send()
+
+        def resized() -> None:
+            self._console.control.resized(port)
+            if port.id == 0 and not self._console.multiport:
+                self._queues.config_changed()
+
+        audience = Audience(
+            port,
+            self._endpoint(described.backend, endpoint),
+            self._poller,
+            described.stall_ms,
+            self._log,
+            changed,
+            resized,
+        )
+        self._audiences[port.id] = audience
+        if endpoint is None:
+            self._poller.on_signal(signal.SIGWINCH, audience.decide_size)
+        self._queues.reconnect()
+
+    def _remove_port(self, port: Port) -> None:
+        self._queues.drain_all()  # what the guest wrote while there was a reader
+        audience = self._audiences.pop(port.id)
+        audience.flush()
+        audience.close()
+        self._console.remove(port)
+        self._queues.reconnect()
+
+    def _endpoint(self, backend: config.Backend, fd: int | None) -> Endpoint:
         if fd is None:
-            terminal = Terminal(self._poller.stop)
-            port.size = terminal.size()
-
-            def resized() -> None:
-                port.size = terminal.size()
-                self._report.send()
-
-            self._poller.on_signal(signal.SIGWINCH, resized)
-            return terminal
+            return Terminal(self._poller.stop)
         match backend:
             case config.Pty():
                 return pty.endpoint(fd)
@@ -117,6 +146,21 @@ class Guest:
                 return unix.endpoint(fd)
             case _:
                 return tcp.endpoint(fd)
+
+    def _on_order(self, _: int) -> None:
+        """Do what the master wants; it has checked that it can be done."""
+        received = orders.receive(self._orders)
+        if received is None:
+            return
+        order, fds = received
+        match order:
+            case orders.AddPort(port):
+                self._add_port(port, *fds)
+            case orders.RemovePort(number):
+                self._remove_port(self._console.ports[number])
+            case orders.Resize(number, columns, rows):
+                self._audiences[number].fix_size(columns, rows)
+        self._report.send()
 
     def run(self) -> None:
         """Serve until told to end, left by the user, or without master or `--fd` frontend."""
@@ -126,7 +170,7 @@ class Guest:
     def close(self) -> None:
         """Give back everything: the frontend, the clients, the terminal's modes."""
         self._frontend.close()
-        for audience in self._audiences:
+        for audience in self._audiences.values():
             audience.close()
         self._orders.close()
         self._report.close()
@@ -146,31 +190,35 @@ class Guest:
 
     def _flush(self) -> bool:
         progress = False
-        for audience in self._audiences:
+        for audience in self._audiences.values():
             progress |= audience.flush()
         if progress:
             self._report.changed()  # a gap is found when its reader reads
-        if self._ending and not progress and all(a.served for a in self._audiences):
+        if self._ending and not progress and all(a.served for a in self._audiences.values()):
             self._poller.stop()
         return progress
 
     # What the session wants of the console
 
     def _new_session(self) -> fx.Session:
-        return fx.Session(
-            FEATURES | INDIRECT_DESC | EVENT_IDX,
-            self._console.queues,
+        self._session = fx.Session(
+            FEATURES | RING_FEATURES,
+            2 * self._console.max_ports + 2,
             self._config.max_queue_size,
+            inband=self._config.inband,
         )
+        return self._session
 
     def _apply(self, effect: fx.Effect) -> Any:
         match effect:
             case fx.SetFeatures(features):
-                self._console.multiport = bool(features & MULTIPORT)
+                self._console.negotiated(features)
                 return self._queues.apply(effect)
             case fx.ReadConfig(offset, size):
-                return self._console.read_config(offset, size)
-            case fx.WriteConfig(offset, data):
+                return self._console.read_config(offset, size, self._session.named)
+            case fx.WriteConfig(offset, data, flags):
+                if flags & _MIGRATION:
+                    return None
                 return self._console.write_config(offset, data)
             case _:
                 return self._queues.apply(effect)
@@ -180,53 +228,93 @@ class Guest:
     def kind(self, index: int) -> tuple[bool, int]:
         """Return whether the device writes into the queue's buffers, and a chain's most bytes."""
         role, port = self._console.role(index)
-        return role.writable, port.output.size if role is Role.OUTPUT else _LONGEST_CHAIN
+        longest = port.output.size if port and role is Role.OUTPUT else _LONGEST_CHAIN
+        return role.writable, longest
 
-    def started(self, index: int, ring: SplitQueue) -> None:
+    def started(self, index: int, ring: Ring) -> None:
         """Begin the control dialogue anew with a driver that has used nothing yet."""
-        if self._console.role(index)[0] is Role.CONTROL_FROM_GUEST and ring.index == 0:
+        self._thaw()
+        if self._console.role(index)[0] is Role.CONTROL_FROM_GUEST and ring.fresh:
             self._console.control.reset()
 
     def stopped(self, index: int) -> None:
         """Let nobody wait for room for a buffer that cannot come any more."""
         role, port = self._console.role(index)
-        if role is Role.OUTPUT:
+        if port and role is Role.OUTPUT:
             port.holding = False
 
-    def work(self, index: int, ring: SplitQueue, enabled: bool) -> Work:
+    def work(self, index: int, ring: Ring, enabled: bool) -> Work:
         """Return what serving the queue means now that it is `enabled` or not."""
         console = self._console
         role, port = console.role(index)
         match role:
-            case Role.OUTPUT if not enabled:
-                return Work(ring.ready, partial(port.discard_output, ring, BUDGET), _always)
+            case Role.OUTPUT if port is None or not enabled:
+                return Work(ring.ready, partial(discard, ring, BUDGET, port), _always)
             case _ if not enabled:
                 return IDLE
-            case Role.OUTPUT:
+            case Role.OUTPUT if port:
                 return Work(
                     ring.ready, partial(port.take_output, ring, BUDGET), lambda: not port.holding
                 )
-            case Role.INPUT:
-                audience = self._audiences[self._ports.index(port)]
-
-                def give() -> int:
-                    given = port.give_input(ring, BUDGET)
-                    if given:
-                        audience.resume()
-                    return given
-
-                def waiting() -> bool:
-                    return len(port.input) > 0 and console.takes_input(port)
-
-                return Work(waiting, give, waiting)
+            case Role.INPUT if port:
+                return self._input_work(port, ring)
             case Role.CONTROL_TO_GUEST:
 
                 def speaking() -> bool:
-                    return bool(console.control.replies)
+                    return bool(console.control)
 
                 return Work(speaking, partial(console.speak, ring, BUDGET), speaking)
             case Role.CONTROL_FROM_GUEST:
                 return Work(ring.ready, partial(console.hear, ring, BUDGET), _always)
+        return IDLE
+
+    def _input_work(self, port: Port, ring: Ring) -> Work:
+        console, audience = self._console, self._audiences[port.id]
+
+        def waiting() -> bool:
+            return len(port.input) > 0 and console.takes_input(port)
+
+        def give() -> int:
+            given = port.give_input(ring, BUDGET)
+            if given:
+                audience.resume()
+                console.control.host_changed(port)
+            return given
+
+        return Work(waiting, give, waiting)
+
+    # The guest moves; see `queues.Carrier`
+
+    def reset(self) -> None:
+        """Begin the control dialogue anew."""
+        self._console.control.reset()
+
+    def save(self) -> bytes:
+        """Return the console's state; until the guest goes on nothing here changes it."""
+        self._frozen = True
+        for audience in self._audiences.values():
+            audience.freeze()
+        return state.save(self._console)
+
+    def load(self, data: bytes) -> None:
+        """Become the console of that state. Raises RefusedError when it cannot be."""
+        state.load(self._console, data)
+        self._report.changed()
+
+    def moved(self) -> None:
+        """Give up what went with the guest."""
+        for port in self._console.ports.values():
+            port.forget()
+
+    def _gone(self) -> None:
+        self._queues.release()
+        self._thaw()
+
+    def _thaw(self) -> None:
+        if self._frozen:
+            self._frozen = False
+            for audience in self._audiences.values():
+                audience.thaw()
 
     # Health
 
@@ -246,8 +334,12 @@ class Guest:
                 stalls=port.stalls,
                 columns=port.size[0],
                 rows=port.size[1],
+                state=self._console.control.state(port.id).value,
+                host_open=port.host_open,
+                held=port.holding,
+                size_by=port.size_by,
             )
-            for port in self._ports
+            for port in self._console.ports.values()
         ]
         return counters
 

@@ -94,8 +94,17 @@ class Odd(StreamClient):
             raise self.error
         return super().write(data)
 
-    def undelivered(self) -> int:
+    def end_output(self) -> int:
         return self.lost
+
+
+class Screen(StreamClient):
+    """A client with a size, which the test changes."""
+
+    columns = 0
+
+    def size(self) -> tuple[int, int]:
+        return self.columns, 25 if self.columns else 0
 
 
 @dataclass
@@ -149,7 +158,7 @@ class Hall:
         output, input_ = (memoryview(bytearray(SIZE)) for _ in range(2))
         words = memoryview(bytearray(64)).cast("Q")
         self.ends = ends
-        self.port = Port(0, "console0", True, Output(output, words), Input(input_, words))
+        self.port = Port(0, "console0", Output(output, words), Input(input_, words), console=True)
         self.poller = Stepped()
         ends.callback(self.poller.close)
         self.door = Door()
@@ -159,6 +168,7 @@ class Hall:
         logger = logging.Logger("test")
         logger.addHandler(self.log)
         self.changes = 0
+        self.sizes: list[tuple[int, int]] = []
         self.closed = False
         self.audience = Audience(
             self.port,
@@ -167,6 +177,7 @@ class Hall:
             200,
             logging.LoggerAdapter(logger, {}),
             self.changed,
+            self.resized,
         )
         ends.callback(self.close)
 
@@ -178,6 +189,9 @@ class Hall:
 
     def changed(self) -> None:
         self.changes += 1
+
+    def resized(self) -> None:
+        self.sizes.append(self.port.size)
 
     def connect(
         self, kind: type[StreamClient] = StreamClient
@@ -702,3 +716,111 @@ def test_a_stuck_reader_leaves_and_the_buffer_is_taken(hall: Hall) -> None:
     user.close()
     hall.settle()
     assert hall.port.take_output(queue, 1) == 1
+
+
+# Sizes
+
+
+@pytest.fixture
+def screens(hall: Hall) -> tuple[tuple[Screen, socket.socket], tuple[Screen, socket.socket]]:
+    """Two terminals of 80 and 132 columns at one port."""
+    made = []
+    for columns in (80, 132):
+        client, user = hall.connect(Screen)
+        assert isinstance(client, Screen)
+        client.columns = columns
+        client.name = f"screen of {columns}"
+        made.append((client, user))
+    hall.audience.decide_size()
+    return made[0], made[1]
+
+
+Screens = tuple[tuple[Screen, socket.socket], tuple[Screen, socket.socket]]
+
+
+@pytest.mark.usefixtures("screens")
+def test_the_first_terminal_s_size_is_the_port_s(hall: Hall) -> None:
+    assert (hall.port.size, hall.port.size_by) == ((80, 25), "screen of 80")
+
+
+def test_whoever_typed_last_decides_the_size(hall: Hall, screens: Screens) -> None:
+    for (_, user), columns in ((screens[1], 132), (screens[0], 80), (screens[1], 132)):
+        user.send(b"x")
+        hall.settle()
+        assert (hall.port.size, hall.port.size_by) == ((columns, 25), f"screen of {columns}")
+    assert hall.sizes == [(80, 25), (132, 25), (80, 25), (132, 25)]
+
+
+@pytest.mark.usefixtures("screens")
+def test_a_client_without_a_size_decides_nothing(hall: Hall) -> None:
+    hall.join().send(b"x")
+    hall.settle()
+    assert hall.port.size == (80, 25)
+
+
+def test_the_size_of_one_who_leaves_goes_to_who_stays(hall: Hall, screens: Screens) -> None:
+    screens[1][1].send(b"x")
+    hall.settle()
+    screens[1][1].close()
+    hall.settle()
+    assert hall.port.size == (80, 25)
+
+
+def test_the_last_size_stays_when_everyone_has_left(hall: Hall, screens: Screens) -> None:
+    for _, user in screens:
+        user.close()
+    hall.settle()
+    assert (hall.port.size, hall.port.size_by) == ((132, 25), "")
+
+
+def test_a_fixed_size_stands_whoever_types(hall: Hall, screens: Screens) -> None:
+    hall.audience.fix_size(200, 50)
+    screens[1][1].send(b"x")
+    hall.settle()
+    assert (hall.port.size, hall.port.size_by) == ((200, 50), "resize")
+
+
+@pytest.mark.usefixtures("screens")
+def test_without_a_fixed_size_the_clients_decide_again(hall: Hall) -> None:
+    hall.audience.fix_size(200, 50)
+    hall.audience.fix_size(0, 0)
+    assert (hall.port.size, hall.port.size_by) == ((80, 25), "screen of 80")
+
+
+def test_a_size_that_stays_the_same_is_no_news(hall: Hall, screens: Screens) -> None:
+    for _ in range(3):
+        screens[0][1].send(b"x")
+        hall.settle()
+    assert hall.sizes == [(80, 25)]
+
+
+# The guest moves
+
+
+def test_nothing_is_read_or_typed_while_frozen(hall: Hall) -> None:
+    user = hall.join()
+    hall.audience.freeze()
+    hall.write(b"output")
+    user.send(b"input")
+    hall.settle()
+    assert (len(hall.port.input), hall.port.output.seen) == (0, 0)
+
+
+def test_everything_goes_on_after_a_thaw(hall: Hall) -> None:
+    user = hall.join()
+    hall.audience.freeze()
+    hall.write(b"output")
+    user.send(b"input")
+    hall.settle()
+    hall.audience.thaw()
+    assert hall.read(user) == b"output"
+    assert bytes(hall.port.input.span()) == b"input"
+
+
+def test_a_port_is_attended_from_the_first_client_to_the_last(hall: Hall) -> None:
+    attended = [hall.port.attended]
+    for user in [hall.join(), hall.join()]:
+        attended.append(hall.port.attended)
+        user.close()
+    hall.settle()
+    assert [*attended, hall.port.attended] == [False, True, True, False]

@@ -29,8 +29,11 @@ class Client(Protocol):
         Raises ConnectionError when the client is gone, other OSErrors when the sink failed.
         """
 
-    def undelivered(self) -> int:
-        """Return how many of the bytes written are known not to have arrived."""
+    def end_output(self) -> int:
+        """Write no more; return how many of the bytes written are known not to have arrived."""
+
+    def size(self) -> tuple[int, int]:
+        """Return the client's columns and rows, (0, 0) where they are not known."""
 
     def close(self) -> None:
         """Let the client go."""

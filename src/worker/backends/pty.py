@@ -37,21 +37,27 @@ def _watch_opens(path: str) -> int:
 
 
 class PtyClient:
-    """Everybody who has the slave open, as one client until the last of them closes it."""
+    """Everybody who has the slave open, as one client until the last of them closes it.
+
+    `over` says that its output has ended: what it typed may still be read, whoever has the slave
+    open then is another client.
+    """
 
     stays = False
 
     def __init__(self, fd: int, name: str) -> None:
         self.name = name
-        self.reads = fd
+        self.reads = os.dup(fd)
         self.writes = os.dup(fd)
-        self.closed = False
+        self.over = False
 
     def read(self, into: memoryview) -> int | None:
         """See `Client.read`; a slave that nobody has open any more is a client that is gone."""
         try:
             return os.readv(self.reads, [into])
         except BlockingIOError:
+            if self.over:
+                raise ConnectionResetError("nobody had the pty open any more") from None
             return None
         except OSError as error:
             raise _gone(error) from None
@@ -65,15 +71,23 @@ class PtyClient:
         except OSError as error:
             raise _gone(error) from None
 
-    def undelivered(self) -> int:
+    def end_output(self) -> int:
         """Return 0: what the terminal took stays in it for whoever opens it next."""
+        self.over = True
         return 0
+
+    def size(self) -> tuple[int, int]:
+        """See `Client.size`; it is what the users of the slave set it to."""
+        columns, rows = os.get_terminal_size(self.reads)
+        return columns, rows
 
     def close(self) -> None:
         """Let go; the pty itself stays. Idempotent."""
-        if not self.closed:
-            os.close(self.writes)
-        self.closed = True
+        self.over = True
+        for fd in (self.reads, self.writes):
+            if fd >= 0:
+                os.close(fd)
+        self.reads = self.writes = -1
 
 
 def _gone(error: OSError) -> OSError:
@@ -100,7 +114,7 @@ class PtyEndpoint:
         """Return a client if the slave is open and there is none yet."""
         with contextlib.suppress(BlockingIOError):
             os.read(self._opens, 4096)
-        if self._client is not None and not self._client.closed:
+        if self._client is not None and not self._client.over:
             return None
         closed = any(events & select.POLLHUP for _, events in self._poll.poll(0))
         self._client = None if closed else PtyClient(self._fd, self._name)

@@ -36,9 +36,13 @@ class StreamClient:
         except BlockingIOError:
             return 0
 
-    def undelivered(self) -> int:
-        """Return 0: a unix socket does not tell."""
+    def end_output(self) -> int:
+        """See `Client.end_output`; a unix socket does not tell."""
         return 0
+
+    def size(self) -> tuple[int, int]:
+        """Return (0, 0): bytes are all there is."""
+        return 0, 0
 
     def close(self) -> None:
         """Close the connection. Idempotent."""

@@ -32,7 +32,7 @@ class TcpClient(StreamClient):
         sock.setsockopt(tcp, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_S)
         sock.setsockopt(tcp, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
 
-    def undelivered(self) -> int:
+    def end_output(self) -> int:
         """Return how many bytes were sent but never acknowledged (tcp(7), SIOCOUTQ).
 
         The count stands after a reset too: nothing more is acknowledged then.

@@ -125,8 +125,8 @@ class Terminal:
             self._leave()
             raise ConnectionResetError(f"nobody reads the output: {error}") from None
 
-    def undelivered(self) -> int:
-        """Return 0: neither terminals nor pipes tell."""
+    def end_output(self) -> int:
+        """See `Client.end_output`; neither terminals nor pipes tell."""
         return 0
 
     def close(self) -> None:

@@ -1,20 +1,24 @@
 """The control dialogue of a multiport console, as a table (VIRTIO 1.2, section 5.3.6.2).
 
 The guest says it is ready and is told its ports; for each it adds it is told the rest and says
-when a program has the port open. Linux says PORT_READY and PORT_OPEN again after hibernation, with
-no DEVICE_READY before: it is answered as the first time.
+when a program has the port open. Ports come, go and change their size later on. Linux says
+PORT_READY and PORT_OPEN again after hibernation, with no DEVICE_READY before: it is answered as the
+first time.
+
+What waits for the guest's buffers is the latest message of each kind for each port, so a guest that
+asks and asks and takes no answer makes nothing grow.
 """
 
 from __future__ import annotations
 
 import struct
-from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from enum import Enum, IntEnum
 
 from .port import Port
 
 _MESSAGE = struct.Struct("<IHH")
+_SIZE = struct.Struct("<HH")
 
 
 class Event(IntEnum):
@@ -67,30 +71,105 @@ _TABLE: dict[tuple[State, Event, bool], tuple[State, _Do]] = {
     (State.FAILED, Event.PORT_OPEN, False): (State.FAILED, _Do.IGNORE),
 }
 
-#: Messages that may wait for the guest's control buffers: a whole dialogue for every port, twice.
-_WAITING_PER_PORT = 8
-
 
 class Control:
-    """The device's side of the dialogue: `receive` the guest's messages, send `replies`."""
+    """The device's side of the dialogue about `ports`, by their number, which others may change.
 
-    def __init__(self, ports: Sequence[Port]) -> None:
-        self.replies: deque[bytes] = deque()
+    `receive` takes the guest's messages, `replies` are those that wait for the guest's buffers.
+    `resizes` says that the guest wants sizes (F_SIZE), `rows_first` in which order.
+    """
+
+    def __init__(self, ports: Mapping[int, Port], *, rows_first: bool = False) -> None:
+        self.resizes = False
         self.ignored = 0
-        self._ports = {port.id: port for port in ports}
-        self._most = _WAITING_PER_PORT * len(ports)
-        self._states = dict.fromkeys(self._ports, State.ABSENT)
+        self._rows_first = rows_first
+        self._ports = ports
+        self._states: dict[int, State] = {}
+        self._told_open: dict[int, bool] = {}
+        self._talking = False
+        self._waiting: dict[tuple[int, Event], bytes] = {}
+
+    @property
+    def replies(self) -> list[bytes]:
+        """The messages for the guest, oldest first."""
+        return [*self._waiting.values()]
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    def take(self) -> bytes:
+        """Return the next message for the guest, which waits no more."""
+        return self._waiting.pop(next(iter(self._waiting)))
 
     def state(self, port_id: int) -> State:
         """Return how far the guest is with that port."""
-        return self._states[port_id]
+        return self._states.get(port_id, State.ABSENT)
 
     def reset(self) -> None:
         """Forget the dialogue: another driver starts, which has said nothing yet."""
-        self.replies.clear()
-        for port_id, port in self._ports.items():
-            self._states[port_id] = State.ABSENT
+        self._waiting.clear()
+        self._states.clear()
+        self._told_open.clear()
+        self._talking = False
+        for port in self._ports.values():
             port.opened = False
+
+    @property
+    def waiting(self) -> list[tuple[int, Event, bytes]]:
+        """The messages for the guest, oldest first, each with its port and event."""
+        return [(port_id, event, data) for (port_id, event), data in self._waiting.items()]
+
+    def restore(
+        self, states: Mapping[int, State], waiting: Iterable[tuple[int, Event, bytes]]
+    ) -> None:
+        """Go on with a guest that another device talked to, and with what it had to say."""
+        self.reset()
+        self._states.update(states)
+        self._talking = any(state is not State.ABSENT for state in states.values())
+        for port_id, event, message in waiting:
+            self._waiting[port_id, event] = message
+
+    def settle(self, port: Port) -> None:
+        """Tell a guest that was restored what may be different here."""
+        if self.state(port.id) is State.ABSENT:
+            self.add(port)
+        self.resized(port)
+        self.host_changed(port)
+
+    # This side changes something
+
+    def add(self, port: Port) -> None:
+        """Tell the guest of a new port, if it has begun to ask for ports."""
+        if self._talking:
+            self._states[port.id] = State.ADDED
+            self._send(port.id, Event.PORT_ADD)
+
+    def remove(self, port: Port) -> None:
+        """Tell the guest that a port is gone, if it was ever told of it."""
+        never_told = (port.id, Event.PORT_ADD) in self._waiting
+        for event in Event:
+            if event is not Event.PORT_REMOVE:  # of another port with this number, before
+                self._waiting.pop((port.id, event), None)
+        if self._states.pop(port.id, State.ABSENT) is not State.ABSENT and not never_told:
+            self._send(port.id, Event.PORT_REMOVE)
+        self._told_open.pop(port.id, None)
+
+    def resized(self, port: Port) -> None:
+        """Tell the guest the size of a console port, where it is known and wanted."""
+        if not (self.resizes and port.console and self.state(port.id) is State.READY):
+            return
+        if port.size != (0, 0):
+            size = port.size[::-1] if self._rows_first else port.size
+            self._send(port.id, Event.RESIZE, 0, _SIZE.pack(*size))
+
+    def host_changed(self, port: Port) -> None:
+        """Tell the guest whether this side of a port is open, if that is news."""
+        is_open = port.host_open
+        if self.state(port.id) is State.READY and self._told_open.get(port.id) is not is_open:
+            self._told_open[port.id] = is_open
+            self._send(port.id, Event.PORT_OPEN, int(is_open))
+
+    # The guest says something
 
     def receive(self, message: bytes) -> None:
         """Take one message of the guest's; what makes no sense is counted in `ignored`.
@@ -104,40 +183,48 @@ class Control:
         if event == Event.DEVICE_READY:
             self._device_ready(bool(value))
             return
-        state = self._states.get(port_id)
-        if state is None or event not in (Event.PORT_READY, Event.PORT_OPEN):
+        port = self._ports.get(port_id)
+        if port is None or event not in (Event.PORT_READY, Event.PORT_OPEN):
             self.ignored += 1
             return
-        state, action = _TABLE[state, Event(event), bool(value)]
+        state, action = _TABLE[self.state(port_id), Event(event), bool(value)]
         self._states[port_id] = state
-        self._act(action, self._ports[port_id])
+        self._act(action, port)
 
     def _device_ready(self, ready: bool) -> None:
         self.reset()
         if not ready:
-            return  # 5.3.6.2: the driver could not set the device up; it may try again
-        for port_id in self._ports:
-            self._states[port_id] = State.ADDED
-            self._send(port_id, Event.PORT_ADD)
+            # The driver could not set the device up; it may try again.
+            self._states = dict.fromkeys(self._ports, State.FAILED)
+            return
+        self._talking = True
+        for port in self._ports.values():
+            self.add(port)
 
     def _act(self, action: _Do, port: Port) -> None:
         match action:
             case _Do.INTRODUCE:
-                if port.console:
-                    self._send(port.id, Event.CONSOLE_PORT, 1)
-                self._send(port.id, Event.PORT_NAME, 1, port.name.encode())
-                self._send(port.id, Event.PORT_OPEN, 1)
+                self._introduce(port)
             case _Do.OPEN:
                 port.opened = True
             case _Do.CLOSE:
                 port.opened = False
+                self.host_changed(port)
             case _Do.IGNORE:
                 self.ignored += 1
             case _Do.NOTHING:
                 pass
 
+    def _introduce(self, port: Port) -> None:
+        self._talking = True
+        if port.console:
+            self._send(port.id, Event.CONSOLE_PORT, 1)
+            self.resized(port)  # Linux takes a size only after it knows the port for a console
+        self._send(port.id, Event.PORT_NAME, 1, port.name.encode())
+        self._told_open.pop(port.id, None)
+        self.host_changed(port)
+
     def _send(self, port_id: int, event: Event, value: int = 0, tail: bytes = b"") -> None:
-        if len(self.replies) >= self._most:
-            self.ignored += 1  # a guest that asks and asks and never takes an answer
-            return
-        self.replies.append(_MESSAGE.pack(port_id, event, value) + tail)
+        key = (port_id, event)
+        self._waiting.pop(key, None)  # what it says is out of date; the new one goes last
+        self._waiting[key] = _MESSAGE.pack(port_id, event, value) + tail

@@ -4,6 +4,10 @@ Output is appended to the journal and the buffer returned at once, whoever watch
 journal is full of bytes that the port's *holder* has not taken is the buffer kept: the holder is
 the reader that has been here longest and is not stuck. One that takes nothing for the stall limit
 is stuck until it has caught up; the oldest bytes give way meanwhile, and it finds a gap.
+
+A *blocking* port never lets bytes give way that nobody has taken: its holder is the reader that has
+been here longest, stuck or not, and the journal itself while nobody is here. Only a console's guest
+does not wait for an absent reader, since Linux' hvc would spin until one comes.
 """
 
 from __future__ import annotations
@@ -43,24 +47,35 @@ class Watcher(Reader):
 class Port:
     """One port of the console: `opened` says whether a program in the guest has it open.
 
-    `holding` says that a buffer of the guest's waits until the holder has read on.
-    `size` is that of the terminal at the port, in columns and rows, (0, 0) where it is not known.
+    `attended` says whether a client is here, `holding` that a buffer of the guest's waits until the
+    holder has read on. `size` is that of the terminal at the port, in columns and rows, (0, 0)
+    where it is not known, and `size_by` names who decided it.
     Counters are in bytes: `discarded` what the guest wrote to a disabled queue, `missed` what
     readers that are gone were skipped over; `stalls` counts readers found stuck.
     """
 
     def __init__(
-        self, port_id: int, name: str, console: bool, output: Output, input_: Input
+        self,
+        port_id: int,
+        name: str,
+        output: Output,
+        input_: Input,
+        *,
+        console: bool,
+        blocking: bool = False,
     ) -> None:
         self.id = port_id
         self.name = name
         self.console = console
+        self.blocking = blocking
         self.output = output
         self.input = input_
         self.opened = False
+        self.attended = False
         self.holding = False
         self.watchers: list[Watcher] = []
         self.size = (0, 0)
+        self.size_by = ""
         self.discarded = 0
         self.stalls = 0
         self._missed = 0
@@ -69,6 +84,11 @@ class Port:
     def missed(self) -> int:
         """Bytes that some reader was skipped over, each gap counted for everyone who met it."""
         return self._missed + sum(watcher.missed for watcher in self.watchers)
+
+    @property
+    def host_open(self) -> bool:
+        """Whether the guest is to see this side open: what a departed client typed counts too."""
+        return self.console or self.attended or (self.opened and len(self.input) > 0)
 
     def attach(self) -> Watcher:
         """Return a new reader: what nobody has seen yet is the first one's, others join live."""
@@ -98,14 +118,58 @@ class Port:
     def stall(self) -> None:
         """Count the holder as stuck: it kept the guest waiting for the whole stall limit."""
         holder = self.holder
-        if holder is not None:
+        if holder is not None and not holder.stuck:
             holder.stuck = True
             self.stalls += 1
 
     @property
     def holder(self) -> Watcher | None:
         """The reader whose pace a full journal keeps, if any."""
-        return next((watcher for watcher in self.watchers if not watcher.stuck), None)
+        return next(
+            (watcher for watcher in self.watchers if self.blocking or not watcher.stuck), None
+        )
+
+    def _limit(self) -> int | None:
+        """Return the offset that output may not pass for now, None when the oldest give way."""
+        holder = self.holder
+        if holder is not None:
+            return holder.offset + self.output.size
+        if self.blocking and not self.console:
+            return self.output.seen + self.output.size
+        return None
+
+    def adopt_output(self, seen: int, head: int, data: bytes) -> None:
+        """Go on with the output of a guest that moved here: nobody has seen it from `seen` on.
+
+        `data` is what is left of it, up to `head`; there is room. The guest's offsets go on too,
+        where this port has put nothing out before.
+        """
+        start = head - len(data)
+        if not self.output.head:
+            self.output.begin_at(start)
+            self.output.seen = seen
+            for watcher in self.watchers:
+                watcher.offset = seen
+        else:
+            self._missed += start - seen
+        self.output.append(data)
+        self.output.commit()
+
+    def adopt_input(self, tail: int, data: bytes) -> None:
+        """Go on with input that a guest which moved here had not taken, before what waits here."""
+        later = self.input.copy()
+        self.input.consume(len(later))
+        if not self.input.head:
+            self.input.begin_at(tail)
+        self.input.feed(data)
+        self.input.feed(later)
+
+    def forget(self) -> None:
+        """Give up all that waits in both directions: it has gone where the guest went."""
+        for watcher in self.watchers:
+            watcher.offset = self.output.head
+        self.output.seen = self.output.head
+        self.input.consume(len(self.input))
 
     def take_output(self, queue: Queue, most: int) -> int:
         """Move up to `most` buffers of the guest's into the journal; return how many.
@@ -114,8 +178,7 @@ class Port:
         for the next one that the holder can spare. Raises GuestError as `queue` does.
         """
         output = self.output
-        holder = self.holder
-        limit = None if holder is None else holder.offset + output.size
+        limit = self._limit()
         self.holding = False
         taken = 0
         try:
@@ -130,15 +193,6 @@ class Port:
                 taken += 1
         finally:
             output.commit()
-        return taken
-
-    def discard_output(self, queue: Queue, most: int) -> int:
-        """Complete up to `most` buffers of a disabled queue unread; return how many."""
-        taken = 0
-        while taken < most and (chain := queue.pop()) is not None:
-            self.discarded += chain.size
-            queue.push(chain.head, 0)
-            taken += 1
         return taken
 
     def give_input(self, queue: Queue, most: int) -> int:
@@ -164,3 +218,14 @@ class Port:
             self.input.consume(count)
             filled += count
         return filled
+
+
+def discard(queue: Queue, most: int, port: Port | None) -> int:
+    """Complete up to `most` buffers unread, counted as `port`'s if it has one; return how many."""
+    taken = 0
+    while taken < most and (chain := queue.pop()) is not None:
+        if port is not None:
+            port.discarded += chain.size
+        queue.push(chain.head, 0)
+        taken += 1
+    return taken

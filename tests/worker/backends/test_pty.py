@@ -189,4 +189,4 @@ def test_a_pty_keeps_what_it_took(pair: Pty) -> None:
     pair.open()
     client = pair.accept()
     client.write(b"kept")
-    assert client.undelivered() == 0
+    assert client.end_output() == 0

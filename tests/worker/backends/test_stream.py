@@ -118,7 +118,7 @@ def test_a_closed_client_hangs_up(pair: Pair) -> None:
 def test_a_unix_socket_cannot_tell_what_did_not_arrive(pair: Pair) -> None:
     client, _ = pair
     client.write(b"unread")
-    assert client.undelivered() == 0
+    assert client.end_output() == 0
 
 
 # Endpoints

@@ -119,7 +119,7 @@ def test_what_was_acknowledged_is_delivered(both: Both) -> None:
     client, user = both
     client.write(b"arrived")
     assert user.recv(16) == b"arrived"
-    assert client.undelivered() == 0
+    assert client.end_output() == 0
 
 
 def test_what_a_client_did_not_take_is_undelivered_even_after_its_reset(
@@ -129,7 +129,7 @@ def test_what_a_client_did_not_take_is_undelivered_even_after_its_reset(
     written = fill(client)
     reset(user)
     wait(client.writes, 0)
-    assert written // 2 < client.undelivered() < written
+    assert written // 2 < client.end_output() < written
 
 
 def test_the_bytes_of_a_reset_client_add_up(both: Both, wait: Wait) -> None:
@@ -141,4 +141,4 @@ def test_the_bytes_of_a_reset_client_add_up(both: Both, wait: Wait) -> None:
     with socket.socket(fileno=socket.dup(client.reads)) as sock:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
     (acknowledged,) = struct.unpack_from("=Q", info, 120)
-    assert acknowledged + client.undelivered() == written
+    assert acknowledged + client.end_output() == written

@@ -83,7 +83,7 @@ def ports() -> Callable[..., list[Port]]:
     def port(at: int, console: bool) -> Port:
         output, input_ = (memoryview(bytearray(SIZE)) for _ in range(2))
         words = memoryview(bytearray(64)).cast("Q")
-        return Port(at, f"port{at}", console, Output(output, words), Input(input_, words))
+        return Port(at, f"port{at}", Output(output, words), Input(input_, words), console=console)
 
     return lambda *kinds: [port(at, kind) for at, kind in enumerate(kinds)]
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 from vhost_device_console.errors import GuestError
-from vhost_device_console.worker.console.port import Port, Watcher
+from vhost_device_console.worker.console.port import Port, Watcher, discard
 
 from .conftest import SIZE, Queue
 
@@ -101,8 +101,8 @@ def test_output_before_a_mistake_counts(port: Port, queue: Queue) -> None:
 def test_a_disabled_queues_output_is_counted_and_returned(port: Port, queue: Queue) -> None:
     queue.write(b"abc", b"de")
     queue.write(b"f")
-    assert port.discard_output(queue, 1) == 1
-    assert port.discard_output(queue, MANY) == 1
+    assert discard(queue, 1, port) == 1
+    assert discard(queue, MANY, port) == 1
     assert (port.discarded, port.output.head) == (6, 0)
     assert queue.used == [(0, 0), (1, 0)]
 
@@ -378,3 +378,73 @@ def test_input_before_a_mistake_counts(port: Port, queue: Queue) -> None:
         port.give_input(queue, MANY)
     assert (queue.used, bytes(room)) == ([(0, 2)], b"ab")
     assert bytes(port.input.span()) == b"c"
+
+
+# A blocking port
+
+
+@pytest.fixture
+def pipe(port: Port) -> Port:
+    """A generic port whose every byte counts."""
+    port.console, port.blocking = False, True
+    return port
+
+
+def test_a_blocking_port_holds_for_a_stuck_reader(pipe: Port, queue: Queue) -> None:
+    pipe.attach()
+    queue.write(bytes(SIZE))
+    queue.write(b"x")
+    pipe.take_output(queue, MANY)
+    pipe.stall()
+    assert pipe.take_output(queue, MANY) == 0
+    assert (pipe.holding, pipe.missed, pipe.stalls) == (True, 0, 1)
+
+
+def test_a_blocking_port_goes_on_when_its_reader_does(pipe: Port, queue: Queue) -> None:
+    reader = pipe.attach()
+    queue.write(bytes(SIZE))
+    queue.write(b"x")
+    pipe.take_output(queue, MANY)
+    pipe.took(reader, 1)
+    assert pipe.take_output(queue, MANY) == 1
+    assert not pipe.holding
+
+
+def test_a_stuck_reader_is_counted_once(pipe: Port) -> None:
+    pipe.attach()
+    pipe.stall()
+    pipe.stall()
+    assert pipe.stalls == 1
+
+
+def test_a_blocking_port_keeps_what_nobody_has_seen_until_somebody_comes(
+    pipe: Port, queue: Queue
+) -> None:
+    queue.write(bytes(SIZE))
+    queue.write(b"x")
+    assert pipe.take_output(queue, MANY) == 1
+    assert pipe.holding
+    pipe.took(pipe.attach(), SIZE)
+    assert pipe.take_output(queue, MANY) == 1
+
+
+def test_a_blocking_console_does_not_wait_for_an_absent_reader(pipe: Port, queue: Queue) -> None:
+    pipe.console = True
+    queue.write(bytes(SIZE))
+    queue.write(b"x")
+    assert pipe.take_output(queue, MANY) == 2
+    assert not pipe.holding
+
+
+# The guest has moved
+
+
+def test_what_moved_with_the_guest_is_forgotten_in_both_directions(
+    port: Port, queue: Queue
+) -> None:
+    reader = port.attach()
+    queue.write(b"output")
+    port.take_output(queue, MANY)
+    port.input.fed(5)
+    port.forget()
+    assert (reader.pending, port.output.seen, len(port.input), port.missed) == (0, 6, 0, 0)
