@@ -65,6 +65,10 @@ def _table(count: int, *regions: tuple[int, int, int, int]) -> bytes:
     return struct.pack("=II", count, 0) + body
 
 
+def _slot(guest: int, size: int, user: int, offset: int) -> bytes:
+    return struct.pack("=QQQQQ", 0, guest, size, user, offset)
+
+
 def _config(offset: int, size: int, data: bytes) -> bytes:
     return struct.pack("=III", offset, size, 0) + data
 
@@ -73,6 +77,9 @@ _GET_FEATURES, _SET_FEATURES, _SET_OWNER, _SET_MEM_TABLE = 1, 2, 3, 5
 _SET_VRING_NUM, _SET_VRING_ADDR, _SET_VRING_BASE, _GET_VRING_BASE = 8, 9, 10, 11
 _SET_VRING_KICK, _SET_VRING_CALL, _SET_PROTOCOL_FEATURES, _ENABLE = 12, 13, 16, 18
 _BACKEND_REQ_FD, _GET_CONFIG, _SET_CONFIG = 21, 24, 25
+_SET_LOG_BASE, _SET_LOG_FD, _GET_INFLIGHT_FD, _SET_INFLIGHT_FD = 6, 7, 31, 32
+_RESET_DEVICE, _VRING_KICK, _ADD_MEM_REG, _REM_MEM_REG = 34, 35, 37, 38
+_SET_STATUS, _SET_DEVICE_STATE_FD, _CHECK_DEVICE_STATE = 39, 42, 43
 
 _ALL = (1 << 64) - 1
 _PAGE = 4096
@@ -82,7 +89,7 @@ TRUNCATED = tuple(
     for count in range(1, _HEADER.size)
 )
 
-#: After these no byte of the stream means anything.
+#: After these no byte of the stream means anything. Send them after a negotiation of everything.
 BROKEN = (
     _closed("version 0", raw_message(_GET_FEATURES, flags=0)),
     _closed("version 2", raw_message(_GET_FEATURES, flags=2)),
@@ -101,6 +108,16 @@ BROKEN = (
     _closed("memory table shorter than its count", raw_message(_SET_MEM_TABLE, _table(1))),
     _closed("config without its header", raw_message(_GET_CONFIG, bytes(11))),
     _closed("config size unlike its data", raw_message(_GET_CONFIG, _config(0, 12, bytes(8)))),
+    _closed("log area of 8 bytes", raw_message(_SET_LOG_BASE, bytes(8))),
+    _closed("payload on SET_LOG_FD", raw_message(_SET_LOG_FD, bytes(8))),
+    _closed("inflight area of 16 bytes", raw_message(_GET_INFLIGHT_FD, bytes(16))),
+    _closed("inflight area of 23 bytes", raw_message(_SET_INFLIGHT_FD, bytes(23))),
+    _closed("payload on RESET_DEVICE", raw_message(_RESET_DEVICE, bytes(8))),
+    _closed("memory slot without its padding", raw_message(_ADD_MEM_REG, bytes(32))),
+    _closed("memory slot of 48 bytes", raw_message(_REM_MEM_REG, bytes(48))),
+    _closed("status of 1 byte", raw_message(_SET_STATUS, bytes(1))),
+    _closed("state transfer of 4 bytes", raw_message(_SET_DEVICE_STATE_FD, bytes(4))),
+    _closed("payload on CHECK_DEVICE_STATE", raw_message(_CHECK_DEVICE_STATE, bytes(8))),
     _closed("config of 257 bytes", raw_message(_GET_CONFIG, _config(0, 257, bytes(257)))),
 )
 
@@ -120,7 +137,7 @@ REFUSED = (
     _refused("call with unknown bits", _SET_VRING_CALL, _u64(1 << 9), fds=1),
     _refused("kick of ring 255", _SET_VRING_KICK, _u64(255), fds=1),
     _refused("backend channel without its descriptor", _BACKEND_REQ_FD),
-    _refused("size of ring 255", _SET_VRING_NUM, _state(255, 64)),
+    _refused("size of ring 256", _SET_VRING_NUM, _state(256, 64)),
     _refused("size of ring 65536", _SET_VRING_NUM, _state(65536, 64)),
     _refused("base of ring of all ones", _SET_VRING_BASE, _state(0xFFFF_FFFF, 0)),
     _refused("enabling ring 65537", _ENABLE, _state(65537, 1)),
@@ -138,5 +155,20 @@ REFUSED = (
     _refused("region of 2^62 bytes", _SET_MEM_TABLE, _table(1, (0, 1 << 62, 0, 0)), fds=1),
     _refused("region past 2^64", _SET_MEM_TABLE, _table(1, (_ALL - 1, _PAGE, 0, 0)), fds=1),
     _refused("file offset past 2^64", _SET_MEM_TABLE, _table(1, (0, _PAGE, 0, _ALL)), fds=1),
+    _refused("memory slot without its descriptor", _ADD_MEM_REG, _slot(0, _PAGE, 0, 0)),
+    _refused("memory slot with two descriptors", _ADD_MEM_REG, _slot(0, _PAGE, 0, 0), fds=2),
+    _refused("memory slot that is no file", _ADD_MEM_REG, _slot(0, _PAGE, 0, 0), fds=1),
+    _refused("empty memory slot", _ADD_MEM_REG, _slot(0, 0, 0, 0), fds=1),
+    _refused("memory slot of 2^62 bytes", _ADD_MEM_REG, _slot(0, 1 << 62, 0, 0), fds=1),
+    _refused("memory slot past 2^64", _ADD_MEM_REG, _slot(_ALL - 1, _PAGE, 0, 0), fds=1),
+    _refused("removing a slot that is none", _REM_MEM_REG, _slot(_PAGE, _PAGE, _PAGE, 0)),
+    _refused("removing with two descriptors", _REM_MEM_REG, _slot(_PAGE, _PAGE, 0, 0), fds=2),
+    _refused("status with unknown bits", _SET_STATUS, _u64(0x100)),
+    _refused("status 16", _SET_STATUS, _u64(0x10)),
+    _refused("a descriptor with SET_STATUS", _SET_STATUS, _u64(1), fds=1),
+    _refused("a descriptor with RESET_DEVICE", _RESET_DEVICE, fds=1),
+    _refused("log event without its descriptor", _SET_LOG_FD),
+    _refused("inflight area without its descriptor", _SET_INFLIGHT_FD, bytes(24)),
+    _refused("in-band kick of a ring without addresses", _VRING_KICK, _state(0, 0)),
     _refused("SET_CONFIG past the end", _SET_CONFIG, _config(200, 12, bytes(12))),
 )
