@@ -163,8 +163,8 @@ class PackedDriver(RingDriver):
         """
         self._room(len(descriptors))
         if buffer_id is None:
-            buffer_id = self._ids[-1]
-        if buffer_id in self._ids:
+            buffer_id = self._ids.pop()
+        elif buffer_id in self._ids:
             self._ids.remove(buffer_id)
         taken: list[int] = []
         for addr, size, flags in descriptors:

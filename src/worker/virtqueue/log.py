@@ -53,7 +53,10 @@ _SWAP = 0 if sys.byteorder == "little" else 24
 
 
 class DirtyLog:
-    """A log mapped from the frontend's file; it is unmapped with its last user."""
+    """A log mapped from the frontend's file; it is unmapped with its last user.
+
+    `marked` turns True with any mark; whoever tells the frontend of marks (SET_LOG_FD) resets it.
+    """
 
     def __init__(self, fd: int, size: int, offset: int, memory_end: int) -> None:
         """Map `size` bytes from `offset` of the file `fd`, which stays the caller's to close.
@@ -65,6 +68,7 @@ class DirtyLog:
             raise RefusedError(f"a dirty log of {size} bytes is too small for {memory_end:#x}")
         if _FUTEX is None:
             raise RefusedError(f"a dirty log cannot be kept on {platform.machine()}")
+        self.marked = False
         self._bytes = size
         view = map_file(fd, size, offset, "a dirty log")
         self._pin = ctypes.c_char.from_buffer(view)  # keeps the mapping, and knows where it is
@@ -86,6 +90,7 @@ class DirtyLog:
         """
         if size <= 0:
             return
+        self.marked = True
         bit = (addr >> _PAGE_BITS) + self._skew
         end = (addr + size - 1 >> _PAGE_BITS) + self._skew + 1
         while bit < end:
