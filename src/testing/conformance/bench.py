@@ -16,15 +16,25 @@ from typing import Self
 from ...errors import ConfigError, ConsoleError
 from ...worker.vhost_user.message import ProtocolFeature, Region
 from ..console import ConsoleDriver, Control, Event
+from ..driver import RingDriver, Used
 from ..errors import DeviceError, NackError
 from ..features import DRIVER_FEATURES, Feature
-from ..frontend import FRONTEND_FEATURES, Frontend
+from ..frontend import Frontend
 from ..memory import GuestMemory
+from ..packed import PackedDriver, make_driver
 from ..queue import CallAs, Queue
-from ..split import SplitDriver, Used
+from ..split import SplitDriver
 from .statement import BrokenError, SkippedError, Statement
 
 RX, TX, CONTROL_RX, CONTROL_TX = range(4)
+
+#: What every frontend asks for where it is offered; the rest is for the statements about it.
+_USUAL = (
+    ProtocolFeature.MQ
+    | ProtocolFeature.REPLY_ACK
+    | ProtocolFeature.BACKEND_REQ
+    | ProtocolFeature.CONFIG
+)
 
 #: Seconds in which what must not happen would have happened.
 QUIET = 0.2
@@ -71,7 +81,7 @@ class Backend:
                 features = frontend.get_features()
                 if features & Feature.PROTOCOL_FEATURES:
                     protocol = frontend.get_protocol_features()
-                    frontend.set_protocol_features(protocol & FRONTEND_FEATURES)
+                    frontend.set_protocol_features(protocol & _USUAL)
                 if protocol & ProtocolFeature.MQ:
                     queues = frontend.get_queue_num()
                 if protocol & ProtocolFeature.CONFIG and features & Feature.MULTIPORT:
@@ -91,8 +101,8 @@ class Backend:
         process: int = _CREDENTIALS.unpack(raw)[0]
         return process
 
-    def connect(self) -> Frontend:
-        """Return a connection on which the backend has said its features.
+    def connect(self, *, owner: bool = False) -> Frontend:
+        """Return a connection on which the backend has said its features; SET_OWNER may be first.
 
         A backend may need a moment after the last frontend has gone. Raises GoneError.
         """
@@ -101,6 +111,8 @@ class Backend:
             try:
                 frontend = Frontend(self.path, timeout=self.timeout)
                 try:
+                    if owner:
+                        frontend.set_owner(ack=False)
                     frontend.offered = frontend.get_features()
                 except BaseException:
                     frontend.close()
@@ -180,6 +192,20 @@ def _attach(data: tuple[str, int] | str, timeout: float) -> socket.socket:
     return peer
 
 
+def split_driver(queue: Queue) -> SplitDriver:
+    """Return a queue's driver, for what only split rings have."""
+    if not isinstance(queue.driver, SplitDriver):
+        raise TypeError("this statement is about split rings")
+    return queue.driver
+
+
+def packed_driver(queue: Queue) -> PackedDriver:
+    """Return a queue's driver, for what only packed rings have."""
+    if not isinstance(queue.driver, PackedDriver):
+        raise TypeError("this statement is about packed rings")
+    return queue.driver
+
+
 _markers = count(1)
 
 
@@ -194,14 +220,9 @@ class Bench:
     def __init__(self, backend: Backend, statement: Statement) -> None:
         self.backend = backend
         self.timeout = backend.timeout
-        self.packed = bool(statement.features & Feature.RING_PACKED)
         usual = DRIVER_FEATURES & ~Feature.RING_PACKED | statement.features
         self.features = Feature(usual & backend.features)
-        self.protocol = ProtocolFeature(
-            (FRONTEND_FEATURES | statement.protocol)
-            & ~(ProtocolFeature.INBAND_NOTIFICATIONS & ~statement.protocol)
-            & backend.protocol
-        )
+        self.protocol = ProtocolFeature((_USUAL | statement.protocol) & backend.protocol)
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -217,9 +238,9 @@ class Bench:
 
     # Frontends
 
-    def connect(self) -> Frontend:
-        """Return a connection on which nothing was agreed on yet."""
-        return self._stack.enter_context(self.backend.connect())
+    def connect(self, *, owner: bool = False) -> Frontend:
+        """Return a connection on which nothing was agreed on yet; SET_OWNER may have come first."""
+        return self._stack.enter_context(self.backend.connect(owner=owner))
 
     def negotiate(
         self,
@@ -240,9 +261,11 @@ class Bench:
         """Return guest memory, told to nobody yet."""
         return self._stack.enter_context(GuestMemory(regions))
 
-    def ring(self, memory: GuestMemory, size: int = SIZE, *, start: int = 0) -> SplitDriver:
+    def ring(
+        self, memory: GuestMemory, size: int = SIZE, *, start: int | None = None
+    ) -> RingDriver:
         """Return a ring of the format that the statement is about."""
-        return SplitDriver(memory, size, start=start)
+        return make_driver(memory, size, self.features, start=start)
 
     def start(
         self,
@@ -250,7 +273,7 @@ class Bench:
         *,
         without: int = 0,
         size: int = SIZE,
-        start: int = 0,
+        start: int | None = None,
         queues: int | None = None,
         enable: bool = True,
         memory: GuestMemory | None = None,

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 from ..console import Control, Event
+from ..driver import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Buffer, RingDriver
 from ..features import Feature
 from ..frontend import Frontend
+from ..packed import EVENT_DESC, FRESH
 from ..queue import Queue
-from ..split import DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, Buffer, SplitDriver
-from .bench import CONTROL_RX, CONTROL_TX, SIZE, TX, Bench
+from .bench import CONTROL_RX, CONTROL_TX, SIZE, TX, Bench, packed_driver, split_driver
 from .rings import write
 from .statement import Check, Level, expect, statement
 
@@ -34,13 +35,6 @@ def on_rings(
         return check
 
     return register
-
-
-def split_driver(queue: Queue) -> SplitDriver:
-    """Return a queue's driver, for what only split rings have."""
-    if not isinstance(queue.driver, SplitDriver):
-        raise TypeError("this statement is about split rings")
-    return queue.driver
 
 
 # Buffers and what they are made of
@@ -260,7 +254,7 @@ def indirect_last(bench: Bench) -> None:
     _is_port_add(used.data)
 
 
-def _table(driver: SplitDriver, *entries: tuple[int, int, int, int]) -> tuple[int, int]:
+def _table(driver: RingDriver, *entries: tuple[int, int, int, int]) -> tuple[int, int]:
     """Write a table whose entries lie in a text of 8 bytes, and return both addresses."""
     text = driver.memory.alloc(8)
     driver.memory.write(text, b"table\r\n ")
@@ -360,9 +354,9 @@ def event_unwanted(bench: Bench) -> None:
 
 def _no_call(bench: Bench, queue: Queue) -> None:
     write(bench, queue)
-    bench.quiet(queue.take_calls)
     queue.driver.disable_calls()
-    bench.quiet(queue.take_calls)
+    while not bench.quiet(queue.take_calls):
+        pass
     for _ in range(8):
         write(bench, queue)
     expect(bench.quiet(queue.take_calls), "a call that was not wanted", "none")
@@ -375,11 +369,11 @@ def event_later(bench: Bench) -> None:
     driver = split_driver(queue)
     for ahead in (1, 3, 5):
         driver.disable_calls()
-        bench.quiet(queue.take_calls)
         driver.set_used_event(driver.used_idx + ahead)
         for _ in range(ahead):
             write(bench, queue)
-        expect(bench.quiet(queue.take_calls), f"a call before buffer {ahead}", "none yet")
+        while not bench.quiet(queue.take_calls):
+            pass
         write(bench, queue)
         expect(bench.called(queue), f"no call for buffer {ahead}", "one, used_event names it")
 
@@ -391,7 +385,8 @@ def event_in_batch(bench: Bench) -> None:
     driver = split_driver(queue)
     for _ in range(5):
         driver.disable_calls()
-        bench.quiet(queue.take_calls)
+        while not bench.quiet(queue.take_calls):
+            pass
         driver.set_used_event(driver.used_idx + 4)
         for _ in range(8):
             driver.add([b"\r\n"])
@@ -504,3 +499,148 @@ def reset_begins(bench: Bench) -> None:
         queue = frontend.start_queue(TX, bench.ring(memory, size))
         for _ in range(size + 3):
             write(bench, queue)
+
+
+# What only packed rings have
+
+_PACKED = F.RING_PACKED
+
+
+@statement("packed.any-id", MUST, "VIRTIO 2.8.6", _PACKED)
+def any_id(bench: Bench) -> None:
+    """The id that is returned is that of a chain's last descriptor, any number of 16 bits."""
+    queue = bench.start(queues=2).queues[TX]
+    driver = packed_driver(queue)
+    addr = driver.memory.alloc(2)
+    driver.memory.write(addr, b"\r\n")
+    for number in (0xFFFF, 0x8000, SIZE):
+        driver.offer([(addr, 1, DESC_F_NEXT), (addr + 1, 1, 0)], buffer_id=number)
+        queue.notify()
+        bench.used(queue)
+
+
+@statement("packed.any-size", MUST, "VIRTIO 2.8.10.1", _PACKED)
+def any_size(bench: Bench) -> None:
+    """A ring's size need not be a power of two."""
+    for size in (1, 3, 100):
+        frontend = bench.start(size=size, queues=2)
+        for _ in range(2 * size + 1):
+            write(bench, frontend.queues[TX])
+        frontend.close()
+
+
+@statement("packed.written-flag", MUST, "VIRTIO 2.8.3", _PACKED, F.MULTIPORT)
+def written_flag(bench: Bench) -> None:
+    """A used descriptor has the WRITE flag if the device has written, and only then."""
+    frontend = bench.start()
+    heard, told = (packed_driver(frontend.queues[index]) for index in (CONTROL_RX, CONTROL_TX))
+    heard.add(writable=[64])
+    frontend.queues[CONTROL_RX].notify()
+    told.add([_READY])
+    frontend.queues[CONTROL_TX].notify()
+    for driver, wanted in ((told, 0), (heard, DESC_F_WRITE)):
+        bench.until(driver.has_used, "a used descriptor")
+        flags = driver.used_entry(0)[2]
+        expect(flags & DESC_F_WRITE == wanted, f"flags {flags:#x}", f"WRITE to be {wanted:#x}")
+
+
+@statement("packed.indirect-flags", MUST, "VIRTIO 2.8.7", _PACKED, F.INDIRECT_DESC)
+def indirect_flags(bench: Bench) -> None:
+    """In a table of descriptors every flag but WRITE is ignored, and so are the ids."""
+    queue = bench.start(queues=2).queues[TX]
+    driver = packed_driver(queue)
+    text = driver.memory.alloc(8)
+    driver.memory.write(text, b"table\r\n ")
+    # A packed descriptor has the id where a split one has its flags, and the flags at the end.
+    entries = [_DESC.pack(text + at, 4, 0xFFFF, DESC_F_NEXT | 0x8080) for at in (0, 4)]
+    table = driver.memory.alloc(32)
+    driver.memory.write(table, b"".join(entries))
+    driver.offer([(table, 32, DESC_F_INDIRECT)])
+    queue.notify()
+    bench.used(queue)
+
+
+@statement("packed.indirect-write-flag", MUST, "VIRTIO 2.8.7", _PACKED, F.INDIRECT_DESC)
+def packed_indirect_write_flag(bench: Bench) -> None:
+    """The WRITE flag of a descriptor that refers to a table is ignored."""
+    queue = bench.start(queues=2).queues[TX]
+    driver = packed_driver(queue)
+    table, _ = _table(driver, (0, 8, 0, 0))
+    driver.offer([(table, 16, DESC_F_INDIRECT | DESC_F_WRITE)])
+    queue.notify()
+    bench.used(queue)
+
+
+@statement("packed.base", MUST, "vhost-user SET_VRING_BASE", _PACKED)
+def packed_base(bench: Bench) -> None:
+    """A ring begins at the entries and wrap counters that SET_VRING_BASE says."""
+    for start in (5, 5 | FRESH, SIZE - 1):
+        frontend = bench.start(start=start, queues=2)
+        for _ in range(3):
+            write(bench, frontend.queues[TX])
+        frontend.close()
+
+
+@statement("packed.next-index", MUST, "vhost-user GET_VRING_BASE", _PACKED)
+def packed_next_index(bench: Bench) -> None:
+    """GET_VRING_BASE returns the next entry and wrap counter, available and used."""
+    for count in (3, 8, 11):
+        frontend = bench.start(size=8, queues=2)
+        for _ in range(count):
+            write(bench, frontend.queues[TX])
+        place = count % 8 | (0 if count // 8 % 2 else FRESH)
+        got, wanted = frontend.get_vring_base(TX), place | place << 16
+        expect(got == wanted, f"{got:#x} after {count} buffers", f"{wanted:#x}")
+        frontend.close()
+
+
+@statement("packed.start-again", MUST, "vhost-user SET_VRING_BASE", _PACKED)
+def packed_start_again(bench: Bench) -> None:
+    """A stopped ring goes on where it was, in either lap, with what was offered meanwhile."""
+    frontend = bench.start(size=4, queues=2)
+    queue = frontend.queues[TX]
+    for _ in range(12):
+        base = frontend.stop_queue(TX)
+        queue.driver.add([b"meanwhile\r\n"])
+        queue.driver.publish()
+        frontend.start_queue(TX, queue.driver, base=base)
+        queue.kick()
+        bench.used(queue)
+
+
+@statement("packed.event-later", MUST, "VIRTIO 2.8.10", _PACKED, F.EVENT_IDX)
+def packed_event_later(bench: Bench) -> None:
+    """When the driver names a descriptor further on, in this lap or the next, it is notified."""
+    queue = bench.start(size=8, queues=2).queues[TX]
+    driver = packed_driver(queue)
+    for ahead in (1, 3, 5, 7):
+        driver.disable_calls()
+        at = (driver.next_used & ~FRESH) + ahead
+        wrap = driver.next_used >> 15 ^ (at >= 8)
+        driver.set_driver_event(EVENT_DESC, at % 8 | wrap << 15)
+        for _ in range(ahead):
+            write(bench, queue)
+        while not bench.quiet(queue.take_calls):
+            pass
+        write(bench, queue)
+        expect(bench.called(queue), f"no call for descriptor {at % 8}", "one, it is named")
+
+
+@statement("packed.device-event", MUST, "VIRTIO 2.8.14", _PACKED)
+def device_event(bench: Bench) -> None:
+    """Without EVENT_IDX the device's event flags are 0 or 1, reserved bits 0."""
+    _device_event(bench, bench.start(without=F.EVENT_IDX, queues=2), {0, 1})
+
+
+@statement("packed.device-event-idx", MUST, "VIRTIO 2.8.14", _PACKED, F.EVENT_IDX)
+def device_event_idx(bench: Bench) -> None:
+    """With EVENT_IDX the device's event flags are 0, 1 or 2, reserved bits 0."""
+    _device_event(bench, bench.start(queues=2), {0, 1, 2})
+
+
+def _device_event(bench: Bench, frontend: Frontend, allowed: set[int]) -> None:
+    queue = frontend.queues[TX]
+    for _ in range(20):
+        write(bench, queue)
+        (_, flags) = struct.unpack("<HH", queue.driver.memory.read(queue.driver.used_addr, 4))
+        expect(flags in allowed, f"event flags {flags:#x}", f"one of {sorted(allowed)}")

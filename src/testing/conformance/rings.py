@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ...worker.vhost_user.message import ProtocolFeature, Region
 from ..console import Event
+from ..driver import Buffer
 from ..features import Feature
 from ..memory import GuestMemory
 from ..queue import Queue
-from ..split import Buffer
 from .bench import CONTROL_RX, CONTROL_TX, SIZE, TX, Bench, marker
 from .statement import Level, expect, statement
 
@@ -289,7 +289,7 @@ def on_the_fly(bench: Bench) -> None:
         bench.used(queue)
 
 
-@statement("memory.whole-ring", MUST, "VIRTIO 2.7.14")
+@statement("ring.full", MUST, "VIRTIO 2.7.14")
 def whole_ring(bench: Bench) -> None:
     """As many buffers as the ring has entries can be out at once, and all are used."""
     frontend = bench.start(queues=2)

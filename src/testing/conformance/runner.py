@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from ...errors import ConsoleError
 from .bench import Backend, Bench, GoneError
 from .statement import (
+    GROUPS,
     STATEMENTS,
     BrokenError,
     Level,
@@ -37,14 +38,13 @@ def select(patterns: Iterable[str]) -> list[Statement]:
     Those of a group, the part of the id before the dot, are together.
     """
     wanted = list(patterns) or ["*"]
-    groups = list(dict.fromkeys(statement.group for statement in STATEMENTS))
     return sorted(
         (
             statement
             for statement in STATEMENTS
             if any(fnmatchcase(statement.id, pattern) for pattern in wanted)
         ),
-        key=lambda statement: groups.index(statement.group),
+        key=lambda statement: GROUPS.index(statement.group),
     )
 
 
@@ -86,7 +86,7 @@ def run(backend: Backend, statements: Iterable[Statement]) -> Iterator[Result]:
 
 
 def _try(backend: Backend, statement: Statement) -> tuple[Outcome, str, str]:
-    holds = "it to hold"
+    holds = "what the statement says"
     try:
         with Bench(backend, statement) as bench:
             statement.check(bench)

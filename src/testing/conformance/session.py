@@ -17,7 +17,7 @@ from ..errors import NackError
 from ..features import Feature
 from ..frontend import Frontend
 from ..split import SplitDriver
-from .bench import TX, Bench
+from .bench import TX, Bench, split_driver
 from .statement import BrokenError, Level, NotApplicableError, expect, statement
 
 MUST, SHOULD = Level.MUST, Level.SHOULD
@@ -89,14 +89,13 @@ def reset_owner(bench: Bench) -> None:
     bench.used(queue)
 
 
-@statement("message.owner-once", SHOULD, "vhost-user SET_OWNER")
-def owner_once(bench: Bench) -> None:
-    """What was agreed on stays when SET_OWNER comes after it, as QEMU and Linux differ in that."""
-    frontend = bench.connect()
+@statement("message.owner-first", MUST, "vhost-user SET_OWNER")
+def owner_first(bench: Bench) -> None:
+    """SET_OWNER may also be the very first message, as Linux has it."""
+    frontend = bench.connect(owner=True)
     if frontend.offered & Feature.PROTOCOL_FEATURES:
         frontend.set_protocol_features(bench.protocol)
     frontend.set_features(bench.features, ack=False)
-    frontend.set_owner(ack=False)
     bench.start(frontend)
     queue = frontend.queues[TX]
     queue.driver.add([b"owner\r\n"])
@@ -364,9 +363,10 @@ def error_fd(bench: Bench) -> None:
     queue = frontend.queues[TX]
     with os.fdopen(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK), "rb", 0) as error:
         frontend.set_vring_err(TX, error.fileno())
-        queue.driver.write_desc(0, 0xFFFF_FFFF_FFFF_0000, 4096)
-        queue.driver.offer(0)
-        queue.driver.publish()
+        driver = split_driver(queue)
+        driver.write_desc(0, 0xFFFF_FFFF_FFFF_0000, 4096)
+        driver.offer(0)
+        driver.publish()
         queue.kick()
         try:
             bench.until(lambda: error.read(8), "a signal on the error descriptor", 1.0)

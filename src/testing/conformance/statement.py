@@ -80,7 +80,34 @@ class Statement:
         return virtio + [str(bit.name) for bit in self.protocol if not bit & protocol]
 
 
-#: Every statement, in the order in which they are tried.
+#: What ids begin with, in the order in which statements are tried.
+GROUPS = (
+    "message",
+    "ack",
+    "feature",
+    "config",
+    "channel",
+    "fd",
+    "ring",
+    "memory",
+    "split",
+    "packed",
+    "console",
+    "control",
+    "output",
+    "input",
+    "slots",
+    "log",
+    "inflight",
+    "status",
+    "reset",
+    "state",
+    "inband",
+    "hostile",
+    "frontend",
+)
+
+#: Every statement.
 STATEMENTS: list[Statement] = []
 
 
