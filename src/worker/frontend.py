@@ -114,8 +114,7 @@ class Frontend:
                     break
                 self._on_message(channel, message)
         except FrontendError as error:
-            self._log.error("frontend dropped: %s", error)
-            self.drop()
+            self.fail(error)
             return
         if channel.closed:
             self._log.info("frontend disconnected")
@@ -176,6 +175,11 @@ class Frontend:
         except StopIteration as done:
             reply: fx.Reply | None = done.value
             return reply
+
+    def fail(self, error: FrontendError) -> None:
+        """Let the frontend go for what it did."""
+        self._log.error("frontend dropped: %s", error)
+        self.drop()
 
     def drop(self) -> None:
         """Let the frontend go, if there is one, and listen for the next."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from .. import config
-from ..errors import GuestError, RefusedError
+from ..errors import FrontendError, GuestError, RefusedError
 from ..health import Health
 from .poller import HUP, IN, OUT, Poller, drain_fd
 from .transfer import Transfer
@@ -21,6 +21,7 @@ from .vhost_user import message as wire
 from .vhost_user import session as fx
 from .vhost_user.backend_channel import BackendChannel
 from .vhost_user.message import ProtocolFeature
+from .virtqueue.log import DirtyLog
 from .virtqueue.memory import GuestMemory, Region, map_region
 from .virtqueue.ring import Ring, place
 
@@ -160,15 +161,22 @@ class Queues:
         self._queues: dict[int, _Queue] = {}
         self._running: list[_Queue] = []
         self._backend_channel: BackendChannel | None = None
+        self._channel_blocked = False
         self._config_changed = False
-        self._transfer = Transfer(
-            poller, log, lambda: carrier.save(), lambda data: carrier.load(data)
-        )
+        self._transfer = Transfer(poller, log, carrier.save, carrier.load)
+        self._dirty: DirtyLog | None = None
+        self._dirty_event: int | None = None
+        self._fault: FrontendError | None = None
 
     # The loop's work
 
     def drain(self) -> bool:
-        """Serve every queue once; return whether anything moved."""
+        """Serve every queue once; return whether anything moved.
+
+        Raises FrontendError when the frontend has taken away what it gave.
+        """
+        if self._fault is not None:
+            raise self._fault
         worked = False
         for queue in self._running:
             if not queue.work.wanted():
@@ -182,13 +190,18 @@ class Queues:
                 worked = True
                 self._counters.chains += count
                 self._publish(queue)
+        if worked and self._dirty_event is not None and self._logging():
+            _notify(self._dirty_event)
         return worked
 
     def drain_all(self) -> None:
         """Move what is there now; a guest that goes on writing has had its ring's worth."""
-        for _ in range(config.LARGEST_QUEUE // BUDGET):
-            if not self.drain():
-                return
+        try:
+            for _ in range(config.LARGEST_QUEUE // BUDGET):
+                if not self.drain():
+                    return
+        except FrontendError as error:
+            self._fault = error  # the next `drain` tells
 
     def arm(self) -> bool:
         """Ask for kicks where buffers would be of use; return whether there is one already."""
@@ -231,7 +244,11 @@ class Queues:
 
     def release(self) -> None:
         """Stop everything and give back all that came from the frontend, which is gone."""
+        self._fault, self._dirty = None, None
+        for queue in self._running:
+            self._mark(queue)
         self.drain_all()  # what the guest wrote before it went is still in its memory
+        self._fault = None
         for queue in self._queues.values():
             self._stop(queue)
             _close(queue.call)
@@ -240,6 +257,8 @@ class Queues:
         self._regions, self._memory = [], None
         self._features = 0
         self._protocol = ProtocolFeature(0)
+        _close(self._dirty_event)
+        self._dirty_event = None
         self._close_channel()
         self._config_changed = False
         saved = self._transfer.saved
@@ -272,9 +291,10 @@ class Queues:
     def _after(self, channel: BackendChannel) -> None:
         """Wait for what the channel waits for, or give it up."""
         if channel.broken is not None:
-            self._log.warning("the channel to the frontend is closed: %s", channel.broken)
+            self._log.info("no more messages to the frontend: %s", channel.broken)
             self._close_channel()
-        else:
+        elif channel.blocked != self._channel_blocked:
+            self._channel_blocked = channel.blocked
             self._poller.want(channel.fileno(), IN | OUT if channel.blocked else IN)
 
     def _open_channel(self, fd: int) -> None:
@@ -290,7 +310,7 @@ class Queues:
             channel.close()
             raise RefusedError("the backend channel is no socket") from None
         self._close_channel()
-        self._backend_channel = channel
+        self._backend_channel, self._channel_blocked = channel, False
         self._tell_config()
 
     def _close_channel(self) -> None:
@@ -308,7 +328,7 @@ class Queues:
         """
         match effect:
             case fx.SetFeatures(features):
-                self._features = features
+                self._set_features(features)
             case fx.SetProtocolFeatures(features):
                 self._protocol = features
             case fx.MapMemory(regions, fds):
@@ -329,6 +349,17 @@ class Queues:
                 self._counters.kicks += 1
                 self.drain_all()
                 self._changed()
+            case fx.LogRing(ring, addr):
+                queue = self._queue(ring)
+                if queue.start is not None:
+                    self._mark(queue, addr)
+                    queue.start = queue.start._replace(addr=addr)
+            case fx.SetLog(area, fd):
+                self._set_log(DirtyLog(fd, *area, self._memory.end if self._memory else 0))
+            case fx.SetLogEvent(fd):
+                event = _dup(fd)
+                _close(self._dirty_event)
+                self._dirty_event = event
             case fx.EnableRing(ring, enabled):
                 self._enable(self._queue(ring), enabled)
             case fx.StopRing(ring):
@@ -365,6 +396,59 @@ class Queues:
             queue = self._queues[index] = _Queue(index)
         return queue
 
+    # The log of a migration
+
+    def _logging(self) -> bool:
+        return self._dirty is not None and bool(self._features & wire.LOG_ALL_BIT)
+
+    def _set_features(self, features: int) -> None:
+        """Go by these features. Raises RefusedError when the log would be too small."""
+        before, log = self._features, self._dirty
+        self._features = features
+        if features & wire.LOG_ALL_BIT:
+            try:
+                self._set_log(log)
+            except RefusedError:
+                self._features = before
+                raise
+        else:
+            if before & wire.LOG_ALL_BIT:
+                self._dirty = None  # of a migration that is over
+            for queue in self._running:
+                self._mark(queue)
+
+    def _set_log(self, log: DirtyLog | None) -> None:
+        """Log into `log`, where logging is chosen. Raises RefusedError when it is too small."""
+        before = self._dirty
+        self._check_log(log, self._memory)
+        self._dirty = log
+        try:
+            for queue in self._running:
+                self._mark(queue)
+        except RefusedError:
+            self._dirty = before
+            for queue in self._running:
+                self._mark(queue)
+            raise
+
+    @staticmethod
+    def _check_log(log: DirtyLog | None, memory: GuestMemory | None) -> None:
+        if log is not None and memory is not None and not log.covers(0, memory.end):
+            raise RefusedError("the dirty log is too small for the memory")
+
+    def _mark(self, queue: _Queue, addr: wire.VringAddr | None = None) -> None:
+        """Let a running ring mark what it writes where it shall, its own parts as `addr` says.
+
+        Raises RefusedError when those are not in the log.
+        """
+        if queue.ring is None or queue.start is None:
+            return
+        addr = addr or queue.start.addr
+        used = addr.log if addr.flags & wire.VRING_F_LOG else None
+        queue.ring.log(self._dirty if self._logging() else None, used)
+
+    # Memory
+
     def _remove(self, region: wire.Region) -> None:
         """Forget the region with these addresses and this size; "the mmap offset is ignored"."""
         end = region.guest_addr + region.size
@@ -380,6 +464,8 @@ class Queues:
     def _use(self, regions: list[Region]) -> None:
         """Go on with this memory; rings that are not in it any more are stopped."""
         memory = GuestMemory(regions) if regions else None
+        if self._logging():
+            self._check_log(self._dirty, memory)
         self.drain_all()  # under the old table, as the guest meant it
         self._regions, self._memory = regions, memory
         lost = []
@@ -422,8 +508,14 @@ class Queues:
 
     def _begin(self, queue: _Queue, start: fx.StartRing) -> None:
         ring = self._place(queue, start.size, start.addr, start.base)
-        ring.refuse_kicks()
+        before = queue.start, queue.ring, queue.enabled
         queue.start, queue.ring, queue.enabled = start, ring, start.enabled
+        try:
+            self._mark(queue)
+        except RefusedError:
+            queue.start, queue.ring, queue.enabled = before
+            raise
+        ring.refuse_kicks()
         self._carrier.started(queue.index, ring)
         if queue.enabled:
             queue.work = self._carrier.work(queue.index, ring, True)

@@ -81,10 +81,10 @@ class KickRing(NamedTuple):
 
 
 class LogRing(NamedTuple):
-    """Log a running ring's used writes as if the used ring lay at `log`, or do not (None)."""
+    """Log a running ring's used writes as `addr` says; the ring stays where it is."""
 
     ring: int
-    log: int | None
+    addr: VringAddr
 
 
 class EnableRing(NamedTuple):
@@ -234,6 +234,7 @@ def _done(payload: bytes | None = None) -> Steps:
 
 PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
@@ -468,6 +469,8 @@ class Session:
         regions = wire.decode_regions(payload)
         if len(fds) != len(regions):
             raise RefusedError(f"{len(regions)} memory regions came with {len(fds)} fds")
+        if not regions:
+            raise RefusedError("a memory table has no regions")
         yield MapMemory(regions, fds)
         return None
 
@@ -511,7 +514,7 @@ class Session:
             raise RefusedError(f"queue {addr.ring} was given addresses before a size")
         if ring.running and ring.addr is not None and _same_place(ring.addr, addr):
             # How a migration begins and ends.
-            yield LogRing(addr.ring, _log_of(addr))
+            yield LogRing(addr.ring, addr)
         else:
             yield CheckRing(addr.ring, ring.size, addr, self._base(ring))
             yield from self._describe(addr.ring, ring)
@@ -732,7 +735,3 @@ def _vring_fd(payload: bytes, fds: list[int]) -> tuple[int, int | None]:
 
 def _same_place(one: VringAddr, other: VringAddr) -> bool:
     return one._replace(flags=0, log=0) == other._replace(flags=0, log=0)
-
-
-def _log_of(addr: VringAddr) -> int | None:
-    return addr.log if addr.flags & wire.VRING_F_LOG else None
