@@ -6,7 +6,7 @@ import select
 import struct
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from .queue import Queue
 from .split import Buffer, Chain
 
 _CONTROL = struct.Struct("<IHH")
+_SIZE = struct.Struct("<HH")
 _PAGE = 4096
 
 #: How many used lengths are remembered.
@@ -89,7 +90,8 @@ class GuestPort:
     """One port of the guest's console; `ConsoleDriver` makes it.
 
     `received` holds the bytes that came in and were not read. `host_open` is the last PORT_OPEN
-    the device sent, `is_console` and `name` are what it said of the port. `input_lengths` and
+    the device sent, `is_console`, `name` and `size` (the two numbers of RESIZE, in their order on
+    the wire) are what it said of the port. `input_lengths` and
     `output_lengths` are used.len of the last 65536 buffers of each direction: input says exactly
     how much was written, output must be 0.
     """
@@ -99,6 +101,7 @@ class GuestPort:
         self.received = bytearray()
         self.host_open = self.is_console = not console.multiport
         self.name: bytes | None = None
+        self.size: tuple[int, int] | None = None
         self.input_lengths: deque[int] = deque(maxlen=_LENGTHS)
         self.output_lengths: deque[int] = deque(maxlen=_LENGTHS)
         self._console = console
@@ -234,7 +237,9 @@ class ConsoleDriver:
     after the frontend's timeout, and ConnectionError when the backend hangs up.
 
     After `Frontend.reconnect` it goes on as it is. For a guest that boots again, `reset` the
-    frontend's rings before reconnecting, and make a new driver.
+    frontend's rings before reconnecting, and make a new driver. One that comes back from
+    hibernation knows its ports, `woken`, and says PORT_READY and PORT_OPEN for each of them in
+    place of DEVICE_READY.
     """
 
     def __init__(
@@ -244,6 +249,7 @@ class ConsoleDriver:
         buffers: int = 1 << 15,
         buffer_size: int = _PAGE,
         auto_open: bool = True,
+        woken: Sequence[int] = (),
     ) -> None:
         self.frontend = frontend
         self.multiport = bool(frontend.features & Feature.MULTIPORT)
@@ -257,7 +263,13 @@ class ConsoleDriver:
         if self.multiport:
             self._control_input = _Receiver(frontend.queues[2], 1 << 15, _PAGE)
             self._control_input.queue.notify()
-            self.submit_control(Control(0, Event.DEVICE_READY, 1).encode())
+            if not woken:
+                self.submit_control(Control(0, Event.DEVICE_READY, 1).encode())
+            for number in woken:
+                if number:
+                    self._make_port(number)
+                for event in (Event.PORT_READY, Event.PORT_OPEN):
+                    self.submit_control(Control(number, event, 1).encode())
 
     def _make_port(self, number: int) -> None:
         self.ports[number] = GuestPort(self, number, self._buffers, self._buffer_size)
@@ -369,6 +381,10 @@ class ConsoleDriver:
                 port.is_console = True
                 if self.auto_open:
                     self.submit_control(Control(number, Event.PORT_OPEN, 1).encode())
+            case Event.RESIZE:
+                if len(message.data) < _SIZE.size:
+                    raise DeviceError(f"RESIZE of port {number} has only {message.data!r}")
+                port.size = _SIZE.unpack_from(message.data)
             case Event.PORT_OPEN:
                 port.host_open = bool(message.value)
             case Event.PORT_NAME:

@@ -24,7 +24,8 @@ class Feature(IntFlag):
 
 #: What the mock driver accepts when it is offered.
 DRIVER_FEATURES = (
-    Feature.MULTIPORT
+    Feature.SIZE
+    | Feature.MULTIPORT
     | Feature.INDIRECT_DESC
     | Feature.EVENT_IDX
     | Feature.PROTOCOL_FEATURES

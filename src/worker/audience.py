@@ -326,6 +326,8 @@ class Audience:
         for seat in [*self._seats]:
             self._ended(seat)
             self._deafen(seat)
+        for timer in (self._stall, self._grace, self._no_room):
+            timer.stop()
         fd = self._endpoint.fileno()
         if fd is not None:
             self._poller.forget(fd)

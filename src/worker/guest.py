@@ -7,6 +7,7 @@ the loop its three kinds of work.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -135,6 +136,7 @@ class Guest:
         audience.close()
         self._console.remove(port)
         self._queues.reconnect()
+        gc.collect()  # its journal is unmapped once nothing refers to it, and parts of it do
 
     def _endpoint(self, backend: config.Backend, fd: int | None) -> Endpoint:
         if fd is None:

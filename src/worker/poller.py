@@ -31,23 +31,30 @@ _PAUSE_NS = 4_000
 
 
 class Timer:
-    """One deadline at a time; `due` is in nanoseconds of the monotonic clock, None when unset."""
+    """One deadline at a time; `due` is in nanoseconds of the monotonic clock, None when unset.
 
-    def __init__(self, callback: Callable[[], None]) -> None:
+    The loop knows it by `running`, and only while it is set.
+    """
+
+    def __init__(self, callback: Callable[[], None], running: set[Timer]) -> None:
         self.due: int | None = None
         self._callback = callback
+        self._running = running
 
     def start(self, seconds: float) -> None:
         """Fire once, that long from now, instead of at any time set before."""
         self.due = monotonic_ns() + int(seconds * 1e9)
+        self._running.add(self)
 
     def stop(self) -> None:
         """Do not fire."""
-        self.due = None
+        if self.due is not None:
+            self.due = None
+            self._running.discard(self)
 
     def fire(self) -> None:
         """Unset the timer and call back."""
-        self.due = None
+        self.stop()
         self._callback()
 
 
@@ -59,7 +66,7 @@ class Poller:
         self._watched: dict[int, Callable[[int], None]] = {}
         # Regular files and /dev/null cannot be polled: they are ready whenever they are wanted.
         self._files: dict[int, int] = {}
-        self._timers: list[Timer] = []
+        self._timers: set[Timer] = set()
         self._most_window = window_us * 1000
         self._window = min(_FIRST_WINDOW_NS, self._most_window)
         self._stopped = False
@@ -107,9 +114,7 @@ class Poller:
 
     def timer(self, callback: Callable[[], None]) -> Timer:
         """Return a new timer, not yet started."""
-        timer = Timer(callback)
-        self._timers.append(timer)
-        return timer
+        return Timer(callback, self._timers)
 
     def on_signal(self, number: int, callback: Callable[[], None]) -> None:
         """Call `callback` from the loop, never from inside a handler, after that signal."""
@@ -189,11 +194,10 @@ class Poller:
         for fd, wanted in [*self._files.items()]:
             if wanted and (callback := self._watched.get(fd)):
                 callback(wanted)
-        now = 0
-        for timer in self._timers:
-            if timer.due is not None:
-                now = now or monotonic_ns()
-                if timer.due <= now:
+        if self._timers:
+            now = monotonic_ns()
+            for timer in [*self._timers]:
+                if timer.due is not None and timer.due <= now:
                     timer.fire()
 
     def close(self) -> None:

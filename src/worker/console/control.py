@@ -76,11 +76,13 @@ class Control:
     """The device's side of the dialogue about `ports`, by their number, which others may change.
 
     `receive` takes the guest's messages, `replies` are those that wait for the guest's buffers.
-    `resizes` says that the guest wants sizes (F_SIZE), `rows_first` in which order.
+    `resizes` says that the guest wants sizes (F_SIZE), `rows_first` in which order, `promised` how
+    many ports it has made room for: it is told of no port past them (5.3.5).
     """
 
     def __init__(self, ports: Mapping[int, Port], *, rows_first: bool = False) -> None:
         self.resizes = False
+        self.promised = 0
         self.ignored = 0
         self._rows_first = rows_first
         self._ports = ports
@@ -139,8 +141,8 @@ class Control:
     # This side changes something
 
     def add(self, port: Port) -> None:
-        """Tell the guest of a new port, if it has begun to ask for ports."""
-        if self._talking:
+        """Tell the guest of a new port, if it has begun to ask for ports and has room for it."""
+        if self._talking and port.id < self.promised:
             self._states[port.id] = State.ADDED
             self._send(port.id, Event.PORT_ADD)
 

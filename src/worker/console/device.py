@@ -54,6 +54,7 @@ class Console:
         self.ports = {port.id: port for port in ports}
         self.max_ports = max_ports
         self.control = Control(self.ports, rows_first=rows_first)
+        self.control.promised = max_ports
         self.multiport = False
         self._known = bytearray(_CONFIG.size)  # the space as the frontend has it
 
@@ -93,6 +94,7 @@ class Console:
         ports = self.max_ports
         if queues is not None:
             ports = max(1, min(ports, (queues - 2) // 2))
+        self.control.promised = ports
         span = _CONFIG.pack(*self.ports[0].size, ports, 0)[offset : offset + size]
         self._known[offset : offset + size] = span
         return span

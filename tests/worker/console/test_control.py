@@ -46,7 +46,14 @@ def bring(control: Control, state: State) -> None:
 
 @pytest.fixture
 def control(port: Port) -> Control:
-    return Control({0: port})
+    return promising({0: port})
+
+
+def promising(ports: dict[int, Port], **options: bool) -> Control:
+    """Return the dialogue with a guest that has room for many ports."""
+    control = Control(ports, **options)
+    control.promised = 127
+    return control
 
 
 # The table: (state, event, value) -> next state, answers, ignored, open if it was closed / open
@@ -189,7 +196,7 @@ def test_ports_have_states_of_their_own(ports: Ports) -> None:
 
 def test_a_name_is_utf8_without_an_end(port: Port) -> None:
     port.name = "Konsole ü"
-    control = Control({0: port})
+    control = promising({0: port})
     _, name, _ = say(control, Event.PORT_READY)
     assert name[8:] == "Konsole ü".encode()
 
@@ -216,7 +223,7 @@ def test_a_reset_forgets_everything(control: Control, port: Port, state: State) 
 
 def dialogue(made: list[Port]) -> Control:
     """Return the dialogue with a guest that was told of these ports and has added none yet."""
-    control = Control({port.id: port for port in made})
+    control = promising({port.id: port for port in made})
     assert events(say(control, Event.DEVICE_READY)) == [(p.id, Event.PORT_ADD, 0) for p in made]
     return control
 
@@ -239,6 +246,13 @@ def test_a_guest_that_came_back_from_hibernation_is_told_of_a_new_port(
     say(control, Event.PORT_READY)
     control.add(ports(True, False)[1])
     assert events(take(control)) == [(1, Event.PORT_ADD, 0)]
+
+
+def test_a_guest_is_told_of_no_port_it_has_no_room_for(control: Control, ports: Ports) -> None:
+    control.promised = 1
+    bring(control, State.READY)
+    control.add(ports(True, False)[1])
+    assert (take(control), control.state(1)) == ([], State.ABSENT)
 
 
 def test_a_guest_that_has_not_asked_is_told_of_no_port(control: Control, ports: Ports) -> None:
@@ -297,7 +311,7 @@ def test_coming_and_going_makes_nothing_grow(control: Control, port: Port) -> No
 
 def test_states_of_another_device_are_gone_on_with(ports: Ports) -> None:
     made = ports(True, False)
-    control = Control({port.id: port for port in made})
+    control = promising({port.id: port for port in made})
     waiting = (1, Event.PORT_ADD, b"add")
     control.restore({0: State.READY, 1: State.ADDED}, [waiting])
     assert [control.state(at) for at in (0, 1)] == [State.READY, State.ADDED]
@@ -373,7 +387,7 @@ RESIZE = struct.pack("<IHH", 0, Event.RESIZE, 0)
 def test_a_size_is_columns_first_unless_asked_otherwise(
     port: Port, rows_first: bool, size: tuple[int, int]
 ) -> None:
-    control = Control({0: port}, rows_first=rows_first)
+    control = promising({0: port}, rows_first=rows_first)
     control.resizes = True
     bring(control, State.READY)
     port.size = (132, 43)
