@@ -136,7 +136,6 @@ class Guest:
         audience.close()
         self._console.remove(port)
         self._queues.reconnect()
-        gc.collect()  # its journal is unmapped once nothing refers to it, and parts of it do
 
     def _endpoint(self, backend: config.Backend, fd: int | None) -> Endpoint:
         if fd is None:
@@ -160,6 +159,7 @@ class Guest:
                 self._add_port(port, *fds)
             case orders.RemovePort(number):
                 self._remove_port(self._console.ports[number])
+                gc.collect()  # its parts refer to one another, and to its journal's memory
             case orders.Resize(number, columns, rows):
                 self._audiences[number].fix_size(columns, rows)
         self._report.send()
