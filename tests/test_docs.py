@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import pairwise
 from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
+from click import Command, Group
 from vhost_device_console import config
 from vhost_device_console.cli import cli
 
@@ -80,9 +82,10 @@ def commands() -> list[list[str]]:
 
 @pytest.mark.parametrize("arguments", commands(), ids=" ".join)
 def test_a_command_of_the_documents_is_one_that_there_is(arguments: list[str]) -> None:
-    first, *rest = arguments
-    if first in cli.commands:
-        cli.commands[first].make_context(first, rest)
-        return
-    for port in cli.make_context("vhost-device-console", arguments).params["ports"]:
-        config.parse_port(port, "--port")
+    for option, value in pairwise(arguments):
+        if option == "--port":
+            config.parse_port(value, option)
+    command: Command = cli
+    while isinstance(command, Group) and arguments[0] in command.commands:
+        command, arguments = command.commands[arguments[0]], arguments[1:]
+    command.make_context("vhost-device-console", arguments)
