@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import select
+import shutil
 import sys
+from contextlib import suppress
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import __version__, config
+from . import __version__, config, tables
 from .errors import ConfigError, ConsoleError
+from .tables import clean
+
+if TYPE_CHECKING:
+    from . import monitor
 
 _NAME = "vhost-device-console"
 _CAPABILITIES = "--print-capabilities"
@@ -34,7 +41,7 @@ class _Stderr(logging.Handler):
         self._end = "\r\n" if os.isatty(2) else "\n"
 
     def emit(self, record: logging.LogRecord) -> None:
-        lines = [_clean(record.getMessage())]
+        lines = [clean(record.getMessage())]
         if record.exc_info:
             lines += self.format(record).splitlines()[1:]
         if self._lost:
@@ -47,13 +54,6 @@ class _Stderr(logging.Handler):
             self._lost = 0
         except OSError:
             self._lost += 1
-
-
-def _clean(text: str) -> str:
-    """Return `text` with everything that could steer a terminal spelled out."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
 
 
 def _start_logging(level: str) -> None:
@@ -143,7 +143,6 @@ class _Words(click.Choice):  # type: ignore[type-arg,unused-ignore]  # generic s
 )
 @click.option(
     "--port",
-    "ports",
     multiple=True,
     metavar="KEY=VALUE,...",
     help="Another port, such as name=agent,backend=unix,path=P or"
@@ -168,7 +167,7 @@ class _Words(click.Choice):  # type: ignore[type-arg,unused-ignore]  # generic s
     type=_Words(config.ResizeOrder),
     default=config.ResizeOrder.SPEC.value,
     show_default=True,
-    help="How a new size is sent: columns first, or rows first, as Linux before 6.15 reads it.",
+    help="How a new size is sent: columns first, or rows first, as older Linux reads it.",
 )
 @click.option(
     "--inband",
@@ -221,7 +220,7 @@ def _described(options: dict[str, Any], given: set[str]) -> config.Daemon:
     options.pop(_CAPABILITIES.strip("-").replace("-", "_"))
     path = options.pop("config")
     if path is None:
-        return config.from_options(**options)
+        return config.from_options(ports=options.pop("port"), **options)
     if replaced := given & options.keys():
         option = "--" + min(replaced).replace("_", "-")
         raise ConfigError(f"{option} does not go with --config: say it in {path}")
@@ -234,35 +233,140 @@ def _described(options: dict[str, Any], given: set[str]) -> config.Daemon:
     return config.from_toml(text, path)
 
 
-@cli.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
-@click.option(
+def _guest_names(ctx: click.Context, _param: click.Parameter, begun: str) -> list[str]:
+    """Return the guests that can be completed to, for the shell; silently none if in doubt."""
+    from . import monitor
+
+    names: set[str] = set()
+    for path in _monitors(ctx.params.get("path")):
+        with suppress(ConsoleError):
+            names.update(guest.name for guest in monitor.ask(path).guests)
+    return sorted(name for name in names if name.startswith(begun))
+
+
+_guest_argument = click.argument("guest", shell_complete=_guest_names)
+_socket_option = click.option(
     "--socket",
     "path",
     type=click.Path(),
     metavar="PATH",
     help="Ask only the daemon with this monitor socket.",
 )
-def status(as_json: bool, path: str | None) -> None:
-    """Show every guest of the daemons that run."""
+
+
+def _monitors(path: str | None) -> list[str]:
     from . import monitor
 
-    paths = monitor.find(os.environ) if path is None else [path]
+    return monitor.find(os.environ) if path is None else [path]
+
+
+def _ask_all(path: str | None) -> tuple[list[tuple[str, monitor.Status]], list[ConsoleError]]:
+    """Return what each daemon answered, by its monitor socket, and why others did not."""
+    from . import monitor
+
+    paths = _monitors(path)
     if not paths:
         raise ConsoleError("no daemon is running")
-    guests: list[monitor.GuestStatus] = []
+    answers = []
     failures = []
     for each in paths:
         try:
-            guests += monitor.ask(each).guests
+            answers.append((each, monitor.ask(each)))
         except ConsoleError as error:
             failures.append(error)
+    return answers, failures
+
+
+def _find(path: str | None, *names: str) -> tuple[str, str]:
+    """Return the first of `names` that is a guest's, and the monitor socket of its daemon."""
+    answers, failures = _ask_all(path)
+    for name in names:
+        found = [at for at, status in answers if any(g.name == name for g in status.guests)]
+        if len(found) > 1:
+            raise ConsoleError(
+                f"{len(found)} daemons have a guest {name}: choose one with --socket {found[0]}"
+                + "".join(f" or {other}" for other in found[1:])
+            )
+        if found:
+            return name, found[0]
+    if failures:
+        raise failures[0]
+    known = sorted(guest.name for _, status in answers for guest in status.guests)
+    raise ConsoleError(f"there is no guest {names[0]}, only {', '.join(known) or 'none at all'}")
+
+
+@cli.command()
+@click.argument("guest", required=False, shell_complete=_guest_names)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+@click.option("--ports", "by_port", is_flag=True, help="Print a line for each port.")
+@_socket_option
+def status(guest: str | None, as_json: bool, by_port: bool, path: str | None) -> None:
+    """Show every guest of the daemons that run, or the ports of GUEST."""
+    from . import monitor
+
+    answers, failures = _ask_all(path)
+    guests = [each for _, status in answers for each in status.guests]
+    if guest is not None:
+        guests = [each for each in guests if each.name == guest]
+        if not guests and not failures:
+            _find(path, guest)
     if as_json:
         click.echo(json.dumps({"guests": monitor.plain(guests)}, indent=2))
     elif guests:
-        click.echo("\n".join(_table(guests)))
+        width = max(80, shutil.get_terminal_size().columns) if os.isatty(1) else None
+        table = tables.ports if by_port or guest is not None else tables.guests
+        click.echo("\n".join(table(guests, width)))
     if failures:
         raise ConsoleError("; ".join(map(str, failures)))
+
+
+@cli.group()
+def port() -> None:
+    """Add ports to guests that run, or remove them."""
+
+
+@port.command("add")
+@_guest_argument
+@click.argument("description", metavar="name=...,backend=...[,KEY=VALUE...]")
+@_socket_option
+def port_add(guest: str, description: str, path: str | None) -> None:
+    """Give GUEST another port, described as with --port; addresses are taken as they are."""
+    from . import monitor
+
+    table = config.parse_port(description, "port add")
+    name, at = _find(path, guest)
+    click.echo(clean(monitor.change(at, monitor.PortAdd(name, table))))
+
+
+@port.command("remove")
+@_guest_argument
+@click.argument("which", metavar="PORT")
+@_socket_option
+def port_remove(guest: str, which: str, path: str | None) -> None:
+    """Take a port, its name or its id, from GUEST."""
+    from . import monitor
+
+    name, at = _find(path, guest)
+    click.echo(clean(monitor.change(at, monitor.PortRemove(name, which))))
+
+
+@cli.command()
+@click.argument("guest", metavar="GUEST[:PORT]", shell_complete=_guest_names)
+@click.argument("size", metavar="COLUMNSxROWS")
+@_socket_option
+def resize(guest: str, size: str, path: str | None) -> None:
+    """Set the size of a console of GUEST, port 0 by default; 0x0 leaves it to who is attached."""
+    from . import monitor
+
+    numbers = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size)
+    columns, rows = map(int, numbers.groups()) if numbers else (-1, -1)
+    if not 0 <= columns <= 65535 or not 0 <= rows <= 65535:
+        raise ConfigError(f"{size} is no size: give COLUMNSxROWS, such as 80x24")
+    front, _, which = guest.rpartition(":")
+    # A guest's name may have a colon in it.
+    name, at = _find(path, guest, *([front] if front else []))
+    number = "0" if name == guest else which
+    click.echo(clean(monitor.change(at, monitor.Resize(name, number, columns, rows))))
 
 
 @cli.command()
@@ -287,58 +391,8 @@ def check(ctx: click.Context, /, **options: Any) -> None:
     ctx.exit(command.check(**options, version=__version__))
 
 
-_HEAD = [
-    "NAME",
-    "STATE",
-    "FRONTEND",
-    "PORTS",
-    "READERS",
-    "IN",
-    "OUT",
-    "DROPPED",
-    "RESTARTS",
-    "RSS",
-    "CPU",
-]
-
-
-def _table(guests: list[Any]) -> list[str]:
-    rows = [_HEAD]
-    for guest in guests:
-        frontend = {None: "-", 0: "?"}.get(guest.frontend, str(guest.frontend))
-        rows.append(
-            [
-                _clean(guest.name),
-                guest.state,
-                frontend,
-                _clean(",".join(port.endpoint for port in guest.ports)),
-                str(sum(port.readers for port in guest.ports)),
-                size(sum(port.input for port in guest.ports)),
-                size(sum(port.output for port in guest.ports)),
-                size(sum(port.missed + port.discarded for port in guest.ports)),
-                str(guest.restarts),
-                "-" if guest.rss is None else size(guest.rss),
-                "-" if guest.cpu is None else f"{guest.cpu:.1f}%",
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-
-
-def size(count: float) -> str:
-    """Return bytes as people say them: 0, 512, 1.5K, 20M."""
-    for unit in ("", "K", "M", "G", "T"):
-        if count < 1000 or unit == "T":
-            break
-        count /= 1024
-    return f"{count:.1f}{unit}" if unit and count < 10 else f"{count:.0f}{unit}"
-
-
 def _fail(message: str, code: int) -> None:
-    click.echo(f"{_NAME}: error: {_clean(message)}", err=True)
+    click.echo(f"{_NAME}: error: {clean(message)}", err=True)
     sys.exit(code)
 
 

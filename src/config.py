@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
+from ipaddress import ip_address
 from typing import TypeVar, get_args
 
 import msgspec
@@ -70,8 +71,8 @@ class Overflow(StrEnum):
 class ResizeOrder(StrEnum):
     """The order of the two numbers in a RESIZE message.
 
-    The specification has columns first (VIRTIO 1.2, section 5.3.6.2), Linux before 6.15 read rows
-    first.
+    The specification has columns first (VIRTIO 1.2, section 5.3.6.2); Linux read rows first before
+    6.15, and its stable releases before those of January 2026.
     """
 
     SPEC = "spec"
@@ -281,7 +282,11 @@ def _backend(table: PortTable, where: str) -> Backend:
             number = table.tcp_port or 0
             if not 1 <= number <= 65535:
                 raise ConfigError(f"{where}: tcp-port must be from 1 to 65535, not {number}")
-            return Network(table.host or LOCALHOST, number)
+            try:
+                ip_address(host := table.host or LOCALHOST)
+            except ValueError:
+                raise ConfigError(f"{where}: host is {table.host!r}, not an IP address") from None
+            return Network(host, number)
         case BackendKind.UNIX:
             _check_path(table.path, f"{where}: path")
             return Unix(table.path)
@@ -415,7 +420,7 @@ def _addresses(guest: Guest) -> Iterator[tuple[str, str]]:
         owner = f"port {port.id} of {guest.name}"
         match port.backend:
             case Network():
-                yield f"{port.backend.host}:{port.backend.port}", owner
+                yield f"{port.backend.host} port {port.backend.port}", owner
             case Unix():
                 yield port.backend.path, owner
             case Pty(link=str(link)):

@@ -15,24 +15,49 @@ import tty
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
-from .config import Guest, Nested, Network, Pty, Unix
+from .config import Guest, Nested, Network, Port, Pty, Unix
 from .errors import ConfigError
 
 #: Seconds to wait for another daemon that claims a path in the same folder.
 _CLAIM_WITHIN = 1.0
 
 
-class Endpoints:
-    """One guest's descriptors, all non-blocking and close-on-exec, and what they are called.
+class Endpoint:
+    """Where people attach to one port: `fd` is a listener, a pty's master side or None (terminal).
 
-    `frontend` is the vhost-user socket; `ports` has a listener, a pty's master side or None (the
-    terminal) for each port, and `names` the same in words: `127.0.0.1:12345`, a path, `terminal`.
+    `name` says the same in words: `127.0.0.1:12345`, a path, `terminal`. Raises ConfigError when it
+    cannot be had.
+    """
+
+    def __init__(self, port: Port) -> None:
+        self.fd: int | None = None
+        self.name = "terminal"
+        with ExitStack() as undo:
+            match port.backend:
+                case Network(host=host, port=number):
+                    self.fd, self.name = _listen_tcp(undo, host, number)
+                case Unix(path=path):
+                    self.fd, self.name = listen_unix(undo, path), path
+                case Pty(link=link):
+                    self.fd, self.name = _open_pty(undo, link)
+                case Nested():
+                    pass
+            self._undo = undo.pop_all()
+
+    def close(self) -> None:
+        """Close what is open and remove what was made; a second time does nothing."""
+        self._undo.close()
+
+
+class Endpoints:
+    """One guest's descriptors, all non-blocking and close-on-exec.
+
+    `frontend` is the vhost-user socket, `ports` has each port's endpoint by the port's id.
     Raises ConfigError when one of them cannot be had; then none is left.
     """
 
     def __init__(self, guest: Guest) -> None:
-        self.ports: list[int | None] = []
-        self.names: list[str] = []
+        self.ports: dict[int, Endpoint] = {}
         with ExitStack() as undo:
             if guest.socket_path is not None:
                 self.frontend = listen_unix(undo, guest.socket_path)
@@ -40,19 +65,14 @@ class Endpoints:
                 self.frontend = _inherited(undo, guest.fd)
             else:
                 raise ConfigError(f"{guest.name}: no vhost-user socket")
+            undo.callback(self._close_ports)
             for port in guest.ports:
-                match port.backend:
-                    case Nested():
-                        fd, name = None, "terminal"
-                    case Network(host=host, port=number):
-                        fd, name = _listen_tcp(undo, host, number), f"{host}:{number}"
-                    case Unix(path=path):
-                        fd, name = listen_unix(undo, path), path
-                    case Pty(link=link):
-                        fd, name = _open_pty(undo, link)
-                self.ports.append(fd)
-                self.names.append(name)
+                self.ports[port.id] = Endpoint(port)
             self._undo = undo.pop_all()
+
+    def _close_ports(self) -> None:
+        for endpoint in self.ports.values():
+            endpoint.close()
 
     def close(self) -> None:
         """Close what is open and remove what was made; a second time does nothing."""
@@ -193,20 +213,21 @@ def _remove_own(path: str, identity: tuple[int, int]) -> None:
             os.unlink(path)
 
 
-def _listen_tcp(undo: ExitStack, host: str, port: int) -> int:
-    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    undo.callback(made.close)
+def _listen_tcp(undo: ExitStack, host: str, port: int) -> tuple[int, str]:
+    family, name = socket.AF_INET, f"{host}:{port}"
+    if ":" in host:
+        family, name = socket.AF_INET6, f"[{host}]:{port}"
     try:
+        made = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        undo.callback(made.close)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind((host, port))
         made.listen()
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"TCP port {host}:{port} is in use: choose another --tcp-port"
-            ) from error
-        raise ConfigError(f"cannot use TCP port {host}:{port}: {_reason(error)}") from error
-    return made.fileno()
+            raise ConfigError(f"TCP port {name} is in use: choose another") from error
+        raise ConfigError(f"cannot use TCP port {name}: {_reason(error)}") from error
+    return made.fileno(), name
 
 
 def _open_pty(undo: ExitStack, link: str | None) -> tuple[int, str]:
@@ -237,9 +258,9 @@ def _make_link(undo: ExitStack, link: str, target: str) -> None:
         os.symlink(target, link)
         undo.callback(_remove_own, link, _identity(link))
     except FileExistsError:
-        raise ConfigError(f"--pty-link {link} exists: remove it or choose another name") from None
+        raise ConfigError(f"pty link {link} exists: remove it or choose another name") from None
     except OSError as error:
-        raise ConfigError(f"cannot create --pty-link {link}: {_unusable(link, error)}") from error
+        raise ConfigError(f"cannot create pty link {link}: {_unusable(link, error)}") from error
 
 
 def _is_listening(fd: int) -> bool:

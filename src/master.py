@@ -16,16 +16,16 @@ import signal
 import socket
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from itertools import pairwise
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from . import __version__, journal, monitor, orders, systemd, worker
-from .config import Daemon, Guest, Nested, Port
-from .endpoints import Endpoints, listen_unix
-from .errors import ConfigError
+from .config import Daemon, Guest, Nested, Port, PortTable, with_port, without_port
+from .endpoints import Endpoint, Endpoints, listen_unix
+from .errors import ConfigError, ConsoleError
 from .health import Decoder, Health, PortHealth
 from .supervision import Action, Event, State, Supervisor
 
@@ -71,12 +71,17 @@ class _Terminal:
 
 
 class _Guest:
-    """One guest as the master sees it; everything here outlives its workers."""
+    """One guest as the master sees it; everything here outlives its workers.
 
-    def __init__(self, guest: Guest, endpoints: Endpoints, journals: list[int], now: float) -> None:
+    `journals`, `past` (counters of workers that are gone) and `sizes` (given by command) are by the
+    port's id.
+    """
+
+    def __init__(self, guest: Guest, endpoints: Endpoints, now: float) -> None:
         self.guest = guest
         self.endpoints = endpoints
-        self.journals = journals
+        self.journals: dict[int, int] = {}
+        self.sizes: dict[int, orders.Resize] = {}
         self.supervisor = Supervisor(now)
         self.pid: int | None = None
         self.pipe: int | None = None
@@ -84,33 +89,52 @@ class _Guest:
         self.heard = False  # the pipe's reports are read
         self.decoder = Decoder()
         self.health = Health()
-        self.past = {port.id: PortHealth(id=port.id, name=port.name) for port in guest.ports}
+        self.before = Health()
+        self.past = {port.id: _no_health(port) for port in guest.ports}
         self.process: psutil.Process | None = None
         self.sampled = (now, 0.0)  # when, and the processor seconds used until then
         self.cpu = 0.0
 
     def retire_counters(self) -> None:
         """Add a dead worker's counters to those before it: a successor counts from 0."""
-        for port in self.health.ports:
-            past = self.past.setdefault(port.id, PortHealth(id=port.id, name=port.name))
-            _add(past, port)
+        for port in self.guest.ports:
+            _add(self.past[port.id], self._now(port))
+        _add_guest(self.before, self.health)
         self.health = Health()
+
+    def _now(self, port: Port) -> PortHealth:
+        """Return what the worker said of `port`, not of one that had its id before."""
+        for now in self.health.ports:
+            if (now.id, now.name) == (port.id, port.name):
+                return now
+        return _no_health(port)
+
+    def total(self) -> Health:
+        """Return the counters over all workers."""
+        total = Health(frontend=self.health.frontend)
+        _add_guest(total, self.before)
+        _add_guest(total, self.health)
+        return total
 
     def ports(self) -> list[monitor.PortStatus]:
         """Return every port's state and its counters over all workers."""
-        current = {port.id: port for port in self.health.ports}
         statuses = []
-        for port, endpoint in zip(self.guest.ports, self.endpoints.names, strict=True):
-            now = current.get(port.id, PortHealth(id=port.id, name=port.name))
-            total = PortHealth(id=port.id, name=port.name)
+        for port in self.guest.ports:
+            now = self._now(port)
+            total = _no_health(port)
             _add(total, now)
             _add(total, self.past[port.id])
             statuses.append(
                 monitor.PortStatus(
                     id=port.id,
                     name=monitor.text(port.name),
-                    endpoint=monitor.text(endpoint),
+                    endpoint=monitor.text(self.endpoints.ports[port.id].name),
+                    console=port.console,
+                    overflow=port.overflow,
+                    state=now.state,
                     open=now.open,
+                    host_open=now.host_open,
+                    held=now.held,
                     readers=now.readers,
                     output=total.output,
                     input=total.input,
@@ -119,9 +143,93 @@ class _Guest:
                     stalls=total.stalls,
                     columns=now.columns,
                     rows=now.rows,
+                    size_by=monitor.text(now.size_by),
                 )
             )
         return statuses
+
+    def tell(self, order: orders.Order, fds: Sequence[int] = ()) -> None:
+        """Send an order to the worker; raises ConsoleError when there is none or it is stuck."""
+        down = f"{self.guest.name}: its worker is down, see status"
+        alive = self.supervisor.state in (State.STARTING, State.RUNNING)
+        if self.orders is None or not alive:
+            raise ConsoleError(down)
+        try:
+            orders.send(self.orders, order, fds)
+        except BlockingIOError:
+            raise ConsoleError(f"{self.guest.name}: its worker takes no orders") from None
+        except ConnectionError:  # it has just died
+            raise ConsoleError(down) from None
+
+    def port(self, which: str) -> Port:
+        """Return the port with this name or, else, this id; raises ConsoleError."""
+        for port in self.guest.ports:
+            if monitor.text(port.name) == which:
+                return port
+        for port in self.guest.ports:
+            if str(port.id) == which:
+                return port
+        raise ConsoleError(f"{self.guest.name} has no port {which}")
+
+    def add_port(self, table: PortTable) -> Port:
+        """Make the endpoint and the journal of another port and hand them to the worker.
+
+        Raises ConsoleError; nothing is left then.
+        """
+        more, port = with_port(self.guest, table)
+        with ExitStack() as undo:
+            endpoint = Endpoint(port)
+            undo.callback(endpoint.close)
+            journal_fd = _create_journal(self.guest, port)
+            undo.callback(os.close, journal_fd)
+            files = [journal_fd] if endpoint.fd is None else [journal_fd, endpoint.fd]
+            self.tell(orders.AddPort(port), files)
+            undo.pop_all()
+        self.guest = more
+        self.endpoints.ports[port.id] = endpoint
+        self.journals[port.id] = journal_fd
+        self.past[port.id] = _no_health(port)
+        return port
+
+    def remove_port(self, port: Port) -> None:
+        """Take a port away for good, with its endpoint and its journal; raises ConsoleError."""
+        less = without_port(self.guest, port.id)
+        self.tell(orders.RemovePort(port.id))
+        self.guest = less
+        self.endpoints.ports.pop(port.id).close()
+        os.close(self.journals.pop(port.id))
+        del self.past[port.id]
+        self.sizes.pop(port.id, None)
+
+    def resize(self, port: Port, columns: int, rows: int) -> None:
+        """Have a console port be of this size, also by a successor; raises ConsoleError."""
+        if not port.console:
+            raise ConsoleError(
+                f"port {port.name} of {self.guest.name} is no console: it has no size"
+            )
+        if bool(columns) != bool(rows):
+            raise ConsoleError(f"{columns}x{rows} is no size: nothing fits in it")
+        order = orders.Resize(port.id, columns, rows)
+        self.tell(order)
+        if columns:
+            self.sizes[port.id] = order
+        else:
+            self.sizes.pop(port.id, None)
+
+    def repeat_sizes(self) -> None:
+        """Tell a new worker what its predecessors were told."""
+        for order in self.sizes.values():
+            with suppress(ConsoleError):  # it has just begun and cannot be behind
+                self.tell(order)
+
+    def close_journals(self) -> None:
+        """Close every journal."""
+        for fd in self.journals.values():
+            os.close(fd)
+
+
+def _no_health(port: Port) -> PortHealth:
+    return PortHealth(id=port.id, name=port.name)
 
 
 def _add(total: PortHealth, more: PortHealth) -> None:
@@ -131,6 +239,16 @@ def _add(total: PortHealth, more: PortHealth) -> None:
     total.missed += more.missed
     total.discarded += more.discarded
     total.stalls += more.stalls
+
+
+def _add_guest(total: Health, more: Health) -> None:
+    total.sessions += more.sessions
+    total.kicks += more.kicks
+    total.calls += more.calls
+    total.chains += more.chains
+    total.refused += more.refused
+    total.broken += more.broken
+    total.ignored += more.ignored
 
 
 def serve(daemon: Daemon, *, run: Run = worker.run) -> int:
@@ -163,11 +281,11 @@ class _Master:
     def _prepare(self, guest: Guest, undo: ExitStack) -> _Guest:
         endpoints = Endpoints(guest)
         undo.callback(endpoints.close)
-        journals = []
+        prepared = _Guest(guest, endpoints, time.monotonic())
+        undo.callback(prepared.close_journals)
         for port in guest.ports:
-            journals.append(_create_journal(guest, port))
-            undo.callback(os.close, journals[-1])
-        return _Guest(guest, endpoints, journals, time.monotonic())
+            prepared.journals[port.id] = _create_journal(guest, port)
+        return prepared
 
     def _listen(self, undo: ExitStack) -> monitor.Server | None:
         try:
@@ -202,8 +320,8 @@ class _Master:
         lines = [
             f"{guest.guest.name}: {name}\n"
             for guest in self._guests
-            for name in guest.endpoints.names
-            if name.startswith("/dev/pts/")
+            for endpoint in guest.endpoints.ports.values()
+            if (name := endpoint.name).startswith("/dev/pts/")
         ]
         if lines:
             with suppress(OSError):
@@ -274,6 +392,7 @@ class _Master:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         guest.pipe = read
         guest.orders = ours
+        guest.repeat_sizes()
         guest.heard = True
         guest.process = None
         guest.sampled = (guest.supervisor.started, 0.0)
@@ -347,9 +466,37 @@ class _Master:
                 guest.pid = None
             self._deafen(guest)
 
-    # Status
+    # Commands
 
-    def _answer(self) -> monitor.Status:
+    def _answer(self, request: monitor.Request) -> monitor.Status | monitor.Done:
+        if isinstance(request, monitor.StatusRequest):
+            return self._status_now()
+        guest = self._find(request.guest)
+        name = guest.guest.name
+        match request:
+            case monitor.PortAdd():
+                port = guest.add_port(request.port)
+                endpoint = guest.endpoints.ports[port.id].name
+                said = f"port {port.id} of {name}, {port.name}, is at {endpoint}"
+            case monitor.PortRemove():
+                port = guest.port(request.port)
+                guest.remove_port(port)
+                said = f"port {port.id} of {name}, {port.name}, is gone"
+            case monitor.Resize(columns=columns, rows=rows):
+                port = guest.port(request.port)
+                guest.resize(port, columns, rows)
+                size = f"is {columns}x{rows}" if columns else "has its clients' size"
+                said = f"port {port.id} of {name}, {port.name}, {size}"
+        _log.info("%s", said)
+        return monitor.Done(monitor.text(said))
+
+    def _find(self, name: str) -> _Guest:
+        for guest in self._guests:
+            if monitor.text(guest.guest.name) == name:
+                return guest
+        raise ConsoleError(f"there is no guest {name} here")
+
+    def _status_now(self) -> monitor.Status:
         now = time.monotonic()
         return monitor.Status(
             version=__version__, guests=[self._describe(guest, now) for guest in self._guests]
@@ -358,17 +505,26 @@ class _Master:
     def _describe(self, guest: _Guest, now: float) -> monitor.GuestStatus:
         alive = guest.pid is not None
         rss, cpu = _sample(guest, now)
+        total = guest.total()
         return monitor.GuestStatus(
             name=monitor.text(guest.guest.name),
             socket=monitor.text(guest.guest.socket_path or f"fd {guest.guest.fd}"),
             state=guest.supervisor.state,
             daemon=os.getpid(),
             worker=guest.pid,
-            frontend=guest.health.frontend,
+            frontend=total.frontend,
             uptime=round(now - guest.supervisor.started, 3) if alive else None,
             restarts=max(0, guest.supervisor.restarts),
             rss=rss,
             cpu=cpu,
+            sessions=total.sessions,
+            kicks=total.kicks,
+            calls=total.calls,
+            chains=total.chains,
+            refused=total.refused,
+            broken=total.broken,
+            ignored=total.ignored,
+            max_ports=guest.guest.max_ports,
             ports=guest.ports(),
         )
 
@@ -460,14 +616,18 @@ def _become_worker(
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         ends = guest.endpoints
+        ports = tuple(
+            worker.PortFiles(guest.journals[port.id], ends.ports[port.id].fd)
+            for port in guest.guest.ports
+        )
         heirlooms = worker.Inheritance(
             frontend=ends.frontend,
-            ports=tuple(map(worker.PortFiles, guest.journals, ends.ports)),
+            ports=ports,
             health=health,
             orders=orders_,
         )
-        ports = [fd for fd in ends.ports if fd is not None]
-        _close_others({0, 1, 2, ends.frontend, health, orders_, *guest.journals, *ports})
+        fds = {fd for port in ports for fd in (port.journal, port.endpoint) if fd is not None}
+        _close_others({0, 1, 2, ends.frontend, health, orders_, *fds})
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         status = run(guest.guest, heirlooms)
     except BaseException as error:  # a worker that falls must not become a second master

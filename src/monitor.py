@@ -1,4 +1,4 @@
-"""The monitor socket: what a daemon answers about itself, and how to ask.
+"""The monitor socket: what a daemon says about itself and does for a command, and how to ask.
 
 One socket per daemon. A message is one line of JSON with a `type`; a client may send any number of
 requests and gets one reply to each, in order.
@@ -14,10 +14,12 @@ import socket
 import stat
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import Annotated
 
 import msgspec
 
 from . import endpoints
+from .config import PortTable
 from .errors import ConfigError, ConsoleError
 
 #: Clients served at once; one more takes the place of the oldest.
@@ -38,12 +40,43 @@ _NAME = "vhost-device-console"
 _OWN_NAME = re.compile(r"[0-9]+\.sock")
 
 
+#: A number of characters: what a le16 of the console's has room for.
+_Characters = Annotated[int, msgspec.Meta(ge=0, le=(1 << 16) - 1)]
+
+
 class StatusRequest(msgspec.Struct, tag_field="type", tag="status"):
     """Ask how every guest is."""
 
 
+class PortAdd(msgspec.Struct, tag_field="type", tag="port-add"):
+    """Give a running guest another port."""
+
+    guest: str
+    port: PortTable
+
+
+class PortRemove(msgspec.Struct, tag_field="type", tag="port-remove"):
+    """Take a port from a running guest; `port` is its id or its name."""
+
+    guest: str
+    port: str
+
+
+class Resize(msgspec.Struct, tag_field="type", tag="resize"):
+    """Give a console port, its id or its name, a size; 0 x 0 leaves it to the clients again."""
+
+    guest: str
+    port: str
+    columns: _Characters
+    rows: _Characters
+
+
+Change = PortAdd | PortRemove | Resize
+Request = StatusRequest | Change
+
+
 class PortStatus(msgspec.Struct, kw_only=True):
-    """One port; the counters are those of `health.PortHealth`, over all workers so far.
+    """One port: what it is, and all of `health.PortHealth`, its counters over all workers so far.
 
     `endpoint` is where people attach: `127.0.0.1:12345`, a path, or `terminal`.
     """
@@ -51,7 +84,12 @@ class PortStatus(msgspec.Struct, kw_only=True):
     id: int
     name: str
     endpoint: str
+    console: bool
+    overflow: str
+    state: str
     open: bool
+    host_open: bool
+    held: bool
     readers: int
     output: int
     input: int
@@ -60,14 +98,16 @@ class PortStatus(msgspec.Struct, kw_only=True):
     stalls: int
     columns: int
     rows: int
+    size_by: str
 
 
 class GuestStatus(msgspec.Struct, kw_only=True):
     """One guest.
 
-    `daemon` and `worker` are process ids, `frontend` as in `health.Health`. `uptime` is the
-    worker's age in seconds, `rss` its resident bytes, `cpu` its share of one processor in percent
-    since it was last asked, all None when there is no worker.
+    `daemon` and `worker` are process ids. `uptime` is the worker's age in seconds, `rss` its
+    resident bytes, `cpu` its share of one processor in percent since it was last asked, all None
+    when there is no worker. `frontend` and what follows it are as in `health.Health`, the counters
+    over all workers so far.
     """
 
     name: str
@@ -80,6 +120,14 @@ class GuestStatus(msgspec.Struct, kw_only=True):
     restarts: int
     rss: int | None
     cpu: float | None
+    sessions: int
+    kicks: int
+    calls: int
+    chains: int
+    refused: int
+    broken: int
+    ignored: int
+    max_ports: int
     ports: list[PortStatus]
 
 
@@ -90,15 +138,23 @@ class Status(msgspec.Struct, tag_field="type", tag="status", kw_only=True):
     guests: list[GuestStatus]
 
 
-class Failure(msgspec.Struct, tag_field="type", tag="failure"):
-    """The reply to a request that makes no sense."""
+class Done(msgspec.Struct, tag_field="type", tag="done"):
+    """The reply to a change that was made; `message` says in a line what there is now."""
 
     message: str
 
 
+class Failure(msgspec.Struct, tag_field="type", tag="failure"):
+    """The reply to a request that makes no sense or cannot be met; `message` is a line."""
+
+    message: str
+
+
+Reply = Status | Done | Failure
+
 _encoder = msgspec.json.Encoder()
-_request = msgspec.json.Decoder(StatusRequest)
-_reply = msgspec.json.Decoder(Status | Failure)
+_request: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
+_reply: msgspec.json.Decoder[Reply] = msgspec.json.Decoder(Reply)
 
 
 def plain(guests: list[GuestStatus]) -> object:
@@ -169,28 +225,47 @@ def ask(path: str) -> Status:
 
     Raises ConsoleError when it does not answer as it should.
     """
+    reply = _exchange(path, StatusRequest())
+    if isinstance(reply, Status):
+        return reply
+    raise ConsoleError(f"the daemon at {path} refused: {reply.message}")
+
+
+def change(path: str, request: Change) -> str:
+    """Have the daemon behind the monitor socket `path` change a guest; return what it says then.
+
+    Raises ConsoleError when it does not, and then nothing has changed.
+    """
+    reply = _exchange(path, request)
+    if isinstance(reply, Done):
+        return reply.message
+    raise ConsoleError(reply.message if isinstance(reply, Failure) else f"no answer from {path}")
+
+
+def _exchange(path: str, request: Request) -> Reply:
+    try:
+        line = _encoder.encode(request) + b"\n"
+    except UnicodeEncodeError as error:
+        raise ConsoleError(f"{error.object!r} is not UTF-8: no daemon can be told of it") from None
     received = bytearray()
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
             client.settimeout(ANSWER_WITHIN)
             client.connect(path)
-            client.sendall(_encoder.encode(StatusRequest()) + b"\n")
+            client.sendall(line)
             while not received.endswith(b"\n"):
                 data = client.recv(1 << 16)
                 if not data:
                     raise ConsoleError(f"the daemon at {path} hung up")
                 received += data
-        reply: Status | Failure = _reply.decode(received)
+        return _reply.decode(received)
     except TimeoutError:
         raise ConsoleError(f"the daemon at {path} does not answer") from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConsoleError(f"cannot ask the daemon at {path}: {reason}") from error
     except msgspec.MsgspecError as error:
-        raise ConsoleError(f"no status from {path}: {error}") from error
-    if isinstance(reply, Failure):
-        raise ConsoleError(f"the daemon at {path} refused: {reply.message}")
-    return reply
+        raise ConsoleError(f"no answer from {path}: {error}") from error
 
 
 class _Client:
@@ -203,15 +278,19 @@ class _Client:
 class Server:
     """Answers clients from the caller's selector, whose keys carry a callable as data.
 
-    `listener` is a non-blocking listening socket's descriptor, which stays the caller's.
+    `listener` is a non-blocking listening socket's descriptor, which stays the caller's. `answer`
+    may raise ConsoleError, whose text the client gets as a Failure.
     """
 
     def __init__(
-        self, selector: selectors.BaseSelector, listener: int, status: Callable[[], Status]
+        self,
+        selector: selectors.BaseSelector,
+        listener: int,
+        answer: Callable[[Request], Status | Done],
     ) -> None:
         self._selector = selector
         self._listener = listener
-        self._status = status
+        self._answer = answer
         self._clients: dict[int, _Client] = {}
         self._spare: int | None = None
         self._take_spare()
@@ -279,17 +358,18 @@ class Server:
             return True
         *requests, client.received = (client.received + data).split(b"\n")
         for request in requests:
-            client.unsent += self._answer(request)
+            client.unsent += self._reply(request)
             if not self._flush(client):
                 return False
         return bool(data) and len(client.received) < LARGEST_REQUEST
 
-    def _answer(self, request: bytearray) -> bytes:
+    def _reply(self, request: bytearray) -> bytes:
+        reply: Reply
         try:
-            _request.decode(request)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            return _encoder.encode(Failure(str(error))) + b"\n"
-        return _encoder.encode(self._status()) + b"\n"
+            reply = self._answer(_request.decode(request))
+        except (msgspec.MsgspecError, UnicodeDecodeError, ConsoleError) as error:
+            reply = Failure(text(str(error)))
+        return _encoder.encode(reply) + b"\n"
 
     def _flush(self, client: _Client) -> bool:
         """Send what can be sent; tell whether the client reads fast enough to be kept."""

@@ -28,7 +28,7 @@ class StartDaemon(Protocol):
     """The `daemon` fixture."""
 
     def __call__(
-        self, backend: str = ..., count: int = ..., *options: str, **more: Any
+        self, backend: str | None = ..., count: int = ..., *options: str, **more: Any
     ) -> launch.Daemon: ...
 
 
@@ -58,7 +58,7 @@ def daemon(folder: Path, ports: launch.Ports) -> Iterator[StartDaemon]:
     with ExitStack() as ends:
 
         def start(
-            backend: str = "network", count: int = 1, *options: str, **more: Any
+            backend: str | None = "network", count: int = 1, *options: str, **more: Any
         ) -> launch.Daemon:
             if backend == "network":
                 more.setdefault("tcp", ports(count))

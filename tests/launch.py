@@ -125,14 +125,15 @@ class Daemon:
     Its sockets are `folder`/c.sock0 and so on (`sockets`); `data` are the unix backend's,
     `tcp` is the network backend's first port. `options` go to the command line after the usual
     ones, `program` replaces `python -m vhost_device_console`. With `socket_path=None` there is no
-    --socket-path (for --fd). stdin, stdout and stderr may be given as descriptors; stdout and
-    stderr are pipes otherwise, read by `expect_out` and `expect_log`.
+    --socket-path (for --fd and --config), with `backend=None` no --backend. stdin, stdout and
+    stderr may be given as descriptors; stdout and stderr are pipes otherwise, read by `expect_out`
+    and `expect_log`.
     """
 
     def __init__(
         self,
         folder: Path,
-        backend: str = "network",
+        backend: str | None = "network",
         count: int = 1,
         *options: str,
         tcp: int | None = None,
@@ -143,7 +144,7 @@ class Daemon:
     ) -> None:
         self.folder = folder
         self.tcp = tcp
-        arguments = ["-b", backend]
+        arguments = [] if backend is None else ["-b", backend]
         self.sockets: list[str] = []
         if socket_path is not None:
             path = str(folder / socket_path)

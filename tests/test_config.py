@@ -245,6 +245,7 @@ def test_how_sizes_and_notifications_go_reaches_the_guest() -> None:
         ("name=a,backend=pty,console=maybe", "console is 'maybe', not true or false"),
         ("name=a,backend=network,tcp-port=http", "tcp-port is 'http', not a whole number"),
         ("name=a,backend=network,tcp-port=0", "tcp-port must be from 1 to 65535, not 0"),
+        ("name=a,backend=network,host=here,tcp-port=1", "host is 'here', not an IP address"),
         ("name=a,backend=network", "backend network needs tcp-port"),
         ("name=a,backend=unix", "backend unix needs path"),
         ("name=a,backend=pty,path=/tmp/a", "path does not go with backend pty"),
@@ -300,11 +301,11 @@ def test_a_mistake_in_a_port_is_one_line(text: str, line: str) -> None:
         ({"max_ports": 128}, "--max-ports must be from 1, for port 0, to 127, not 128"),
         (
             {"ports": ["name=a,backend=network,tcp-port=12345"]},
-            "127.0.0.1:12345 is given twice: to port 0 of c.sock0 and to port 1 of c.sock0",
+            "127.0.0.1 port 12345 is given twice: to port 0 of c.sock0 and to port 1 of c.sock0",
         ),
         (
             {"ports": ["name=a,backend=network,tcp-port=12344"], "socket_count": 2},
-            "127.0.0.1:12345 is given twice: to port 0 of c.sock0 and to port 1 of c.sock1",
+            "127.0.0.1 port 12345 is given twice: to port 0 of c.sock0 and to port 1 of c.sock1",
         ),
         (
             {"ports": ["name=a,backend=unix,path=/tmp/c.sock"]},

@@ -108,7 +108,7 @@ def test_descriptors_are_non_blocking_and_closed_on_exec(
         "pty": Pty(None),
     }
     with closing(Endpoints(guest(folder / "s", backends[kind]))) as made:
-        for fd in (made.frontend, made.ports[0]):
+        for fd in (made.frontend, made.ports[0].fd):
             assert fd is not None
             assert (os.get_blocking(fd), os.get_inheritable(fd)) == (False, False)
 
@@ -280,7 +280,7 @@ def test_only_a_stale_socket_is_removed_for_the_asking(folder: Path) -> None:
 def test_a_tcp_listener_is_on_the_loopback_alone(folder: Path, ports: Ports) -> None:
     port = ports()
     with closing(Endpoints(guest(folder / "s", Network("127.0.0.1", port)))) as made:
-        assert made.names == [f"127.0.0.1:{port}"]
+        assert made.ports[0].name == f"127.0.0.1:{port}"
         with socket.create_connection(("127.0.0.1", port)) as client:
             assert client.getpeername() == ("127.0.0.1", port)
         with pytest.raises(ConnectionRefusedError):
@@ -292,7 +292,7 @@ def test_a_port_in_use_is_refused(folder: Path, ports: Ports) -> None:
     with socket.socket() as live:
         live.bind(("127.0.0.1", port))
         live.listen()
-        with refused(f"TCP port 127.0.0.1:{port} is in use: choose another --tcp-port"):
+        with refused(f"TCP port 127.0.0.1:{port} is in use: choose another"):
             Endpoints(guest(folder / "s", Network("127.0.0.1", port)))
     assert os.listdir(folder) == []
 
@@ -301,8 +301,8 @@ def test_a_port_is_free_again_right_after_its_clients(folder: Path, ports: Ports
     port = ports()
     network = Network("127.0.0.1", port)
     with closing(Endpoints(guest(folder / "s", network))) as first:
-        assert first.ports[0] is not None
-        with socket.socket(fileno=os.dup(first.ports[0])) as listener:
+        assert first.ports[0].fd is not None
+        with socket.socket(fileno=os.dup(first.ports[0].fd)) as listener:
             listener.setblocking(True)
             client = socket.create_connection(("127.0.0.1", port))
             listener.accept()[0].close()  # our side closes first: TIME_WAIT is here
@@ -321,9 +321,9 @@ def pty(folder: Path) -> Iterator[Endpoints]:
 
 def test_a_pty_carries_bytes_unchanged_both_ways(pty: Endpoints) -> None:
     everything = bytes(range(256))
-    master = pty.ports[0]
+    master = pty.ports[0].fd
     assert master is not None
-    slave = os.open(pty.names[0], os.O_RDWR | os.O_NOCTTY)
+    slave = os.open(pty.ports[0].name, os.O_RDWR | os.O_NOCTTY)
     try:
         for source, sink in ((master, slave), (slave, master)):
             os.write(source, everything)
@@ -338,7 +338,7 @@ def test_a_pty_carries_bytes_unchanged_both_ways(pty: Endpoints) -> None:
 
 def test_a_pty_is_raw_for_the_second_client_too(pty: Endpoints) -> None:
     for _ in range(2):
-        slave = os.open(pty.names[0], os.O_RDWR | os.O_NOCTTY)
+        slave = os.open(pty.ports[0].name, os.O_RDWR | os.O_NOCTTY)
         flags = termios.tcgetattr(slave)
         os.close(slave)
         assert flags[3] & (termios.ECHO | termios.ICANON | termios.ISIG | termios.IEXTEN) == 0
@@ -347,7 +347,7 @@ def test_a_pty_is_raw_for_the_second_client_too(pty: Endpoints) -> None:
 
 
 def test_a_pty_s_link_leads_to_its_slave(pty: Endpoints, folder: Path) -> None:
-    assert os.readlink(folder / "link") == pty.names[0]
+    assert os.readlink(folder / "link") == pty.ports[0].name
 
 
 def test_a_pty_s_link_goes_with_it(pty: Endpoints, folder: Path) -> None:
@@ -365,13 +365,13 @@ def test_a_link_that_took_the_place_of_ours_stays(pty: Endpoints, folder: Path) 
 def test_a_link_left_behind_is_replaced(folder: Path) -> None:
     (folder / "link").symlink_to("/dev/pts/999999")
     with closing(Endpoints(guest(folder / "s", Pty(str(folder / "link"))))) as made:
-        assert os.readlink(folder / "link") == made.names[0]
+        assert os.readlink(folder / "link") == made.ports[0].name
 
 
 @pytest.mark.parametrize("target", ["/nowhere", "/dev/null"])
 def test_any_other_link_is_refused_and_stays(target: str, folder: Path) -> None:
     (folder / "link").symlink_to(target)
-    with refused("--pty-link .*/link exists: remove it"):
+    with refused("pty link .*/link exists: remove it"):
         Endpoints(guest(folder / "s", Pty(str(folder / "link"))))
     assert os.readlink(folder / "link") == target
 
@@ -380,11 +380,11 @@ def test_a_link_to_a_pty_in_use_is_refused(folder: Path) -> None:
     with closing(Endpoints(guest(folder / "s", Pty(str(folder / "link"))))) as first:
         with refused("exists"):
             Endpoints(guest(folder / "t", Pty(str(folder / "link"))))
-        assert os.readlink(folder / "link") == first.names[0]
+        assert os.readlink(folder / "link") == first.ports[0].name
 
 
 def test_a_link_in_a_missing_folder_is_refused(folder: Path) -> None:
-    with refused("cannot create --pty-link .*no does not exist"):
+    with refused("cannot create pty link .*no does not exist"):
         Endpoints(guest(folder / "s", Pty(str(folder / "no" / "link"))))
     assert os.listdir(folder) == []
 
@@ -394,7 +394,7 @@ def test_a_link_in_a_missing_folder_is_refused(folder: Path) -> None:
 
 def test_the_terminal_has_no_descriptor(folder: Path) -> None:
     with closing(Endpoints(guest(folder / "s"))) as made:
-        assert (made.ports, made.names) == ([None], ["terminal"])
+        assert (made.ports[0].fd, made.ports[0].name) == (None, "terminal")
 
 
 def test_an_inherited_listener_can_be_started_over(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -14,11 +15,15 @@ import termios
 import time
 import tty
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from vhost_device_console import monitor
+from vhost_device_console.config import PortTable, parse_port
+from vhost_device_console.errors import ConsoleError
 
 from launch import Daemon, Ports, until, wait_ended, wait_readable
 
@@ -376,19 +381,24 @@ def test_status_has_what_a_worker_reported(start: StartDaemon) -> None:
         """
 def run(guest, heirlooms):
     report(heirlooms, open=True, readers=2, output=10, input=20, missed=3, discarded=4, stalls=5,
-           columns=80, rows=24)
+           columns=80, rows=24, state="ready", host_open=True, held=True, size_by="resize")
     return stopped()
 """
     )
     served.workers()
     (guest,) = served.status()
-    assert guest["frontend"] == 42
+    assert (guest["frontend"], guest["max_ports"]) == (42, 1)
     assert guest["ports"] == [
         {
             "id": 0,
             "name": "console0",
             "endpoint": served.data[0],
+            "console": True,
+            "overflow": "drop",
+            "state": "ready",
             "open": True,
+            "host_open": True,
+            "held": True,
             "readers": 2,
             "output": 10,
             "input": 20,
@@ -397,6 +407,7 @@ def run(guest, heirlooms):
             "stalls": 5,
             "columns": 80,
             "rows": 24,
+            "size_by": "resize",
         }
     ]
 
@@ -414,6 +425,22 @@ def run(guest, heirlooms):
     (port,) = served.status()[0]["ports"]
     counters = ("readers", "output", "input", "missed", "discarded", "stalls")
     assert [port[name] for name in counters] == [1, 10, 1, 4, 6, 8]  # offsets are the journal's
+
+
+def test_a_guest_s_own_counters_go_on_over_restarts_too(start: StartDaemon) -> None:
+    served = start(
+        """
+def run(guest, heirlooms):
+    counters = dict(sessions=1, kicks=2, calls=3, chains=4, refused=5, broken=6, ignored=7)
+    os.write(heirlooms.health, encode(Health(**counters)))
+    return stopped()
+"""
+    )
+    os.kill(served.workers()[0], signal.SIGKILL)
+    served.until(lambda g: g[0]["restarts"] == 1 and g[0]["state"] == "running", "no successor")
+    (guest,) = served.status()
+    counters = ("sessions", "kicks", "calls", "chains", "refused", "broken", "ignored")
+    assert [guest[name] for name in counters] == [2, 4, 6, 8, 10, 12, 14]
 
 
 def test_what_a_worker_reported_last_counts_though_it_is_dead(start: StartDaemon) -> None:
@@ -461,7 +488,7 @@ def run(guest, heirlooms):
     )
     served.expect_log("c.sock0: its worker's reports are ignored from now")
     (guest,) = served.status()
-    assert guest["ports"][0]["output"] < 8
+    assert guest["ports"][0]["output"] == 7
     assert guest["restarts"] == 0
 
 
@@ -683,3 +710,268 @@ def run""",
     )
     served.expect_log("c.sock0: cannot start a worker: Resource temporarily unavailable")
     assert served.workers()
+
+
+# Commands
+
+#: Lists in its log every order it takes, after what it was forked with.
+OBEDIENT = """
+import select, socket
+from vhost_device_console import orders
+from vhost_device_console.journal import Journal
+
+def told(order, fds):
+    kinds = [os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in fds]
+    os.write(2, f"{order} {kinds}\\n".encode())
+
+def run(guest, heirlooms):
+    os.write(2, f"forked with {[port.id for port in guest.ports]}\\n".encode())
+    assert len(heirlooms.ports) == len(guest.ports)
+    for port in heirlooms.ports:
+        Journal(port.journal)
+    ports = {port.id: PortHealth(id=port.id, name=port.name, output=1) for port in guest.ports}
+    sock = socket.socket(fileno=heirlooms.orders)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    poll = select.poll()
+    poll.register(heirlooms.health, 0)
+    poll.register(sock, select.POLLIN)
+    while True:
+        os.write(heirlooms.health, encode(Health(ports=list(ports.values()))))
+        ready = dict(poll.poll())
+        if heirlooms.health in ready:
+            return 0
+        while got := orders.receive(sock):
+            order, fds = got
+            told(order, fds)
+            if isinstance(order, orders.AddPort):
+                Journal(fds[0])
+                ports[order.port.id] = PortHealth(id=order.port.id, name=order.port.name)
+            elif isinstance(order, orders.RemovePort):
+                del ports[order.port]
+"""
+
+ROOM = ("--max-ports", "4")
+
+
+def table(text: str) -> PortTable:
+    return parse_port(text, "")
+
+
+def ids(served: Daemon) -> list[int]:
+    return [port["id"] for port in served.status()[0]["ports"]]
+
+
+def held(served: Daemon) -> list[str]:
+    """Return the journals and ptys that the master has open."""
+    links = []
+    for fd in Path(f"/proc/{served.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # a monitor client has just gone
+            links.append(os.readlink(fd))
+    return sorted(link for link in links if link.startswith(("/memfd:", "/dev/ptmx", "/dev/pts/")))
+
+
+def add(served: Daemon, text: str, guest: str = "c.sock0") -> str:
+    return monitor.change(served.monitor, monitor.PortAdd(guest, table(text)))
+
+
+def remove(served: Daemon, port: str) -> str:
+    return monitor.change(served.monitor, monitor.PortRemove("c.sock0", port))
+
+
+def resize(served: Daemon, columns: int, rows: int, port: str = "0") -> str:
+    return monitor.change(served.monitor, monitor.Resize("c.sock0", port, columns, rows))
+
+
+def resize_for_ever(served: Daemon) -> None:
+    while True:
+        resize(served, 80, 24)
+
+
+def test_an_added_port_is_made_told_and_shown(start: StartDaemon, folder: Path) -> None:
+    served = start(OBEDIENT, "unix", 1, *ROOM)
+    served.workers()
+    said = add(served, f"name=agent,backend=unix,path={folder}/a")
+    assert said == f"port 1 of c.sock0, agent, is at {folder}/a"
+    served.expect_log(r"AddPort\(port=Port\(id=1, name='agent'.*\['/memfd', 'socket'\]")
+    served.until(lambda g: g[0]["ports"][1]["endpoint"] == f"{folder}/a", "not shown")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(f"{folder}/a")
+
+
+def test_an_added_port_goes_with_the_daemon(start: StartDaemon, folder: Path) -> None:
+    served = start(OBEDIENT, "unix", 1, *ROOM)
+    served.workers()
+    add(served, f"name=agent,backend=unix,path={folder}/a")
+    served.signal(signal.SIGTERM)
+    assert served.wait() == 0
+    assert os.listdir(folder) == ["run"]
+
+
+def test_a_successor_has_the_ports_there_are_then(start: StartDaemon) -> None:
+    served = start(OBEDIENT, "unix", 1, *ROOM, "--port", "name=old,backend=pty")
+    (worker,) = served.workers()
+    add(served, "name=new,backend=pty")
+    remove(served, "old")
+    os.kill(worker, signal.SIGKILL)
+    served.expect_log(r"forked with \[0, 2\]")
+    assert ids(served) == [0, 2]
+
+
+def test_a_removed_port_is_told_and_its_socket_gone(start: StartDaemon, folder: Path) -> None:
+    served = start(OBEDIENT, "unix", 1, "--port", f"name=a,backend=unix,path={folder}/a")
+    served.workers()
+    before = held(served)
+    assert remove(served, "1") == "port 1 of c.sock0, a, is gone"
+    served.expect_log(r"RemovePort\(port=1\) \[\]")
+    assert not os.path.exists(folder / "a0")
+    assert ids(served) == [0]
+    assert len(held(served)) == len(before) - 1
+
+
+def test_a_port_may_come_and_go_for_ever(start: StartDaemon, folder: Path) -> None:
+    served = start(OBEDIENT, "unix", 1, *ROOM)
+    served.workers()
+    before = held(served)
+    for _ in range(30):
+        add(served, f"name=a,backend=unix,path={folder}/a")
+        remove(served, "a")
+    assert held(served) == before
+    assert ids(served) == [0]
+
+
+def test_a_port_with_the_id_of_another_counts_from_0(start: StartDaemon) -> None:
+    served = start(OBEDIENT, "unix", 1, "--port", "name=a,backend=pty")
+    served.until(lambda g: g[0]["ports"][1]["output"] == 1, "nothing counted")
+    remove(served, "a")
+    add(served, "name=b,backend=pty")
+    (_, port) = served.status()[0]["ports"]
+    assert (port["id"], port["name"], port["output"]) == (1, "b", 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("name=a,backend=pty", "port a: another port has the name a"),
+        ("name=b,backend=pty,id=1", "port b: another port has id 1"),
+        ("name=b,backend=pty,id=4", "port b: c.sock0 may have ports 0 to 3: start its daemon with"),
+        ("name=b,backend=nested", "port b: the terminal cannot become a port's"),
+        ("name=b\nc,backend=pty", "is no name"),
+        ("name=b,backend=unix,path=/nowhere/b", "folder /nowhere does not exist"),
+    ],
+)
+def test_a_port_that_cannot_be_had_changes_nothing(
+    text: str, line: str, start: StartDaemon
+) -> None:
+    served = start(OBEDIENT, "unix", 1, *ROOM, "--port", "name=a,backend=pty")
+    served.workers()
+    before = held(served)
+    with pytest.raises(ConsoleError, match=re.escape(line)):
+        add(served, text)
+    assert ids(served) == [0, 1]
+    assert held(served) == before
+
+
+def test_a_socket_in_use_stays_its_owner_s(start: StartDaemon) -> None:
+    served = start(OBEDIENT, "unix", 1, *ROOM)
+    served.workers()
+    with pytest.raises(ConsoleError, match="is in use by another process"):
+        add(served, f"name=a,backend=unix,path={served.data[0]}")
+    assert os.path.exists(served.data[0])
+
+
+def test_a_size_is_told_by_the_port_s_name_or_id(start: StartDaemon) -> None:
+    served = start(OBEDIENT)
+    served.workers()
+    assert resize(served, 100, 30, "console0") == "port 0 of c.sock0, console0, is 100x30"
+    served.expect_log(r"Resize\(port=0, columns=100, rows=30\)")
+    assert resize(served, 0, 0) == "port 0 of c.sock0, console0, has its clients' size"
+    served.expect_log(r"Resize\(port=0, columns=0, rows=0\)")
+
+
+def test_a_successor_is_told_the_size_again(start: StartDaemon) -> None:
+    served = start(OBEDIENT)
+    (worker,) = served.workers()
+    resize(served, 100, 30)
+    os.kill(worker, signal.SIGKILL)
+    served.expect_log(r"its worker died(?s:.*)Resize\(port=0, columns=100, rows=30\)")
+
+
+def test_a_size_given_back_is_not_told_again(start: StartDaemon) -> None:
+    served = start(OBEDIENT, "pty", 1, "--port", "name=c,console,backend=pty")
+    (worker,) = served.workers()
+    resize(served, 100, 30)
+    resize(served, 0, 0)
+    resize(served, 50, 20, "c")
+    os.kill(worker, signal.SIGKILL)
+    log = served.expect_log(r"its worker died(?s:.*)Resize\(port=1, columns=50, rows=20\)")
+    assert "port=0" not in log[0]
+
+
+@pytest.mark.parametrize(
+    ("size", "port", "line"),
+    [
+        ((80, 24), "agent", "port agent of c.sock0 is no console: it has no size"),
+        ((80, 24), "7", "c.sock0 has no port 7"),
+        ((80, 0), "0", "80x0 is no size"),
+        ((0, 24), "0", "0x24 is no size"),
+    ],
+)
+def test_a_size_that_cannot_be_is_one_line(
+    size: tuple[int, int], port: str, line: str, start: StartDaemon
+) -> None:
+    served = start(OBEDIENT, "pty", 1, "--port", "name=agent,backend=pty")
+    served.workers()
+    with pytest.raises(ConsoleError, match=line):
+        resize(served, *size, port)
+
+
+@pytest.mark.parametrize(
+    ("port", "line"),
+    [
+        ("0", "port 0 stays as long as its guest"),
+        ("console0", "port 0 stays as long as its guest"),
+        ("9", "c.sock0 has no port 9"),
+    ],
+)
+def test_a_port_that_cannot_go_stays(port: str, line: str, start: StartDaemon) -> None:
+    served = start(OBEDIENT)
+    served.workers()
+    with pytest.raises(ConsoleError, match=line):
+        remove(served, port)
+    assert ids(served) == [0]
+
+
+def test_a_guest_that_is_not_there_is_one_line(start: StartDaemon) -> None:
+    with pytest.raises(ConsoleError, match="there is no guest web here"):
+        add(start(OBEDIENT), "name=a,backend=pty", "web")
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        monitor.PortAdd("c.sock0", table("name=b,backend=pty")),
+        monitor.PortRemove("c.sock0", "a"),
+        monitor.Resize("c.sock0", "0", 80, 24),
+    ],
+)
+def test_a_guest_without_worker_is_not_changed_and_it_is_said(
+    request_: monitor.Change, start: StartDaemon, folder: Path
+) -> None:
+    port = f"name=a,backend=unix,path={folder}/a"
+    served = start(DONE_FIRST, "unix", 2, *ROOM, "--port", port)
+    served.until(lambda guests: guests[0]["state"] == "finished", "not finished")
+    with pytest.raises(ConsoleError, match=r"c\.sock0: its worker is down, see status"):
+        monitor.change(served.monitor, request_)
+    assert ids(served) == [0, 1]
+
+
+def test_a_worker_that_takes_no_orders_is_said_and_nothing_changes(start: StartDaemon) -> None:
+    served = start(IDLE, "pty", 1, *ROOM)
+    served.workers()
+    with pytest.raises(ConsoleError, match="its worker takes no orders"):
+        resize_for_ever(served)
+    before = held(served)
+    with pytest.raises(ConsoleError, match="its worker takes no orders"):
+        add(served, "name=a,backend=pty")
+    assert ids(served) == [0]
+    assert held(served) == before

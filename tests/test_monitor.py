@@ -9,7 +9,7 @@ import selectors
 import socket
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,24 @@ from typing import Any
 import msgspec
 import pytest
 from vhost_device_console import monitor
+from vhost_device_console.config import BackendKind, PortTable
 from vhost_device_console.endpoints import listen_unix
 from vhost_device_console.errors import ConfigError, ConsoleError
 from vhost_device_console.monitor import (
     LARGEST_REQUEST,
     MOST_CLIENTS,
     MOST_UNREAD,
+    Change,
+    Done,
     GuestStatus,
+    PortAdd,
+    PortRemove,
     PortStatus,
+    Request,
+    Resize,
     Server,
     Status,
+    StatusRequest,
 )
 
 from launch import WITHIN
@@ -37,7 +45,12 @@ PORT = PortStatus(
     id=0,
     name="console0",
     endpoint="127.0.0.1:12345",
+    console=True,
+    overflow="drop",
+    state="ready",
     open=True,
+    host_open=True,
+    held=False,
     readers=1,
     output=2,
     input=3,
@@ -46,6 +59,7 @@ PORT = PortStatus(
     stalls=6,
     columns=80,
     rows=24,
+    size_by="resize",
 )
 GUEST = GuestStatus(
     name="c.sock0",
@@ -58,6 +72,14 @@ GUEST = GuestStatus(
     restarts=0,
     rss=4096,
     cpu=0.5,
+    sessions=1,
+    kicks=2,
+    calls=3,
+    chains=4,
+    refused=5,
+    broken=6,
+    ignored=7,
+    max_ports=8,
     ports=[PORT],
 )
 
@@ -68,16 +90,20 @@ class Desk:
     def __init__(self, folder: Path, undo: ExitStack) -> None:
         self.path = str(folder / "m.sock")
         self.status = Status(version="1", guests=[GUEST])
-        self.asked = 0
+        self.requests: list[Request] = []
         self._selector = undo.enter_context(selectors.DefaultSelector())
         listener = listen_unix(undo, self.path)
         self._undo = undo
         server = Server(self._selector, listener, self._answer)
         undo.callback(server.close)
 
-    def _answer(self) -> Status:
-        self.asked += 1
-        return self.status
+    def _answer(self, request: Request) -> Status | Done:
+        self.requests.append(request)
+        if isinstance(request, StatusRequest):
+            return self.status
+        if request.guest != "web":
+            raise ConsoleError(f"no guest {request.guest}\udcff")
+        return Done("it is so")
 
     def turn(self) -> None:
         """Serve what is ready until nothing is."""
@@ -125,9 +151,11 @@ def test_a_status_is_one_line_of_json(desk: Desk) -> None:
     assert client.recv(1 << 16) == (
         b'{"type":"status","version":"1","guests":[{"name":"c.sock0","socket":"/tmp/c.sock0",'
         b'"state":"running","daemon":1,"worker":2,"frontend":3,"uptime":1.5,"restarts":0,'
-        b'"rss":4096,"cpu":0.5,"ports":[{"id":0,"name":"console0","endpoint":"127.0.0.1:12345",'
-        b'"open":true,"readers":1,"output":2,"input":3,"missed":4,"discarded":5,"stalls":6,'
-        b'"columns":80,"rows":24}]}]}\n'
+        b'"rss":4096,"cpu":0.5,"sessions":1,"kicks":2,"calls":3,"chains":4,"refused":5,"broken":6,'
+        b'"ignored":7,"max_ports":8,"ports":[{"id":0,"name":"console0",'
+        b'"endpoint":"127.0.0.1:12345","console":true,"overflow":"drop","state":"ready",'
+        b'"open":true,"host_open":true,"held":false,"readers":1,"output":2,"input":3,"missed":4,'
+        b'"discarded":5,"stalls":6,"columns":80,"rows":24,"size_by":"resize"}]}]}\n'
     )
 
 
@@ -144,12 +172,65 @@ def test_a_request_may_come_in_pieces(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [b"", b"{", b"no json", b"[1]", b'{"type":"reboot"}', b"\xff\xfe", b"[" * 5000]
+    "line",
+    [
+        b"",
+        b"{",
+        b"{}",
+        b"no json",
+        b"[1]",
+        b'{"type":"reboot"}',
+        b'{"type":5}',
+        b'{"type":"port-remove","guest":"web"}',
+        b'{"type":"port-remove","guest":"web","port":1}',
+        b'{"type":"port-add","guest":"web","port":{"name":"a"}}',
+        b'{"type":"port-add","guest":"web","port":{"name":"a","backend":"serial"}}',
+        b'{"type":"resize","guest":"web","port":"0","columns":-1,"rows":5}',
+        b'{"type":"resize","guest":"web","port":"0","columns":80,"rows":65536}',
+        b'{"type":"resize","guest":"web","port":"0","columns":"80","rows":24}',
+        b"\xff\xfe",
+        b"[" * 5000,
+    ],
 )
 def test_nonsense_is_answered_with_a_failure_and_the_client_stays(line: bytes, desk: Desk) -> None:
     client = desk.connect()
     replies = desk.say(client, line + b"\n" + REQUEST)
     assert [reply["type"] for reply in replies] == ["failure", "status"]
+    assert desk.requests == [StatusRequest()]
+
+
+@pytest.mark.parametrize(
+    ("line", "request_"),
+    [
+        (
+            b'{"type":"port-add","guest":"web","port":'
+            b'{"name":"a","backend":"network","tcp-port":7,"console":true,"stall-ms":9}}',
+            PortAdd(
+                "web",
+                PortTable(
+                    name="a", backend=BackendKind.NETWORK, tcp_port=7, console=True, stall_ms=9
+                ),
+            ),
+        ),
+        (b'{"type":"port-remove","guest":"web","port":"a"}', PortRemove("web", "a")),
+        (
+            b'{"type":"resize","guest":"web","port":"0","columns":80,"rows":24}',
+            Resize("web", "0", 80, 24),
+        ),
+    ],
+)
+def test_a_change_is_one_line_of_json_and_so_is_its_reply(
+    line: bytes, request_: Request, desk: Desk
+) -> None:
+    replies = desk.say(desk.connect(), line + b"\n")
+    assert replies == [{"type": "done", "message": "it is so"}]
+    assert desk.requests == [request_]
+
+
+def test_a_change_that_cannot_be_made_is_a_failure_that_says_why(desk: Desk) -> None:
+    replies = desk.say(desk.connect(), b'{"type":"port-remove","guest":"x","port":"a"}\n' + REQUEST)
+    assert [reply["type"] for reply in replies] == ["failure", "status"]
+    assert replies[0]["message"] == r"no guest x\xff"
 
 
 def test_names_that_are_not_text_are_spelled_out() -> None:
@@ -202,7 +283,7 @@ def test_a_flood_of_requests_makes_no_more_replies_than_are_kept(desk: Desk) -> 
     client.sendall(REQUEST * 3000)
     desk.turn()
     reply = len(msgspec.json.encode(desk.status))
-    assert desk.asked <= MOST_UNREAD // reply + 3
+    assert len(desk.requests) <= MOST_UNREAD // reply + 3
 
 
 def test_a_reply_larger_than_the_socket_arrives_whole(desk: Desk) -> None:
@@ -337,15 +418,51 @@ def test_a_missing_folder_has_no_daemons(folder: Path) -> None:
 # Asking
 
 
-def test_asking_gives_the_status(desk: Desk) -> None:
-    answers: list[Status] = []
-    client = threading.Thread(target=lambda: answers.append(monitor.ask(desk.path)))
+def meanwhile(desk: Desk, what: Callable[[], Any]) -> Any:
+    """Return what `what` does, or its ConsoleError, while the desk serves."""
+    answers: list[Any] = []
+
+    def act() -> None:
+        try:
+            answers.append(what())
+        except ConsoleError as error:
+            answers.append(error)
+
+    client = threading.Thread(target=act)
     client.start()
     desk.wait()  # it connects
     while client.is_alive():
         desk.turn()
     client.join()
-    assert answers == [desk.status]
+    return answers[0]
+
+
+def test_asking_gives_the_status(desk: Desk) -> None:
+    assert meanwhile(desk, lambda: monitor.ask(desk.path)) == desk.status
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        PortAdd("web", PortTable(name="ü", backend=BackendKind.UNIX, path="/a", id=3)),
+        PortRemove("web", "ü"),
+        Resize("web", "0", 65535, 0),
+    ],
+)
+def test_a_change_arrives_as_it_was_asked_for(request_: Change, desk: Desk) -> None:
+    assert meanwhile(desk, lambda: monitor.change(desk.path, request_)) == "it is so"
+    assert desk.requests == [request_]
+
+
+def test_a_change_that_is_refused_is_the_daemon_s_line(desk: Desk) -> None:
+    said = meanwhile(desk, lambda: monitor.change(desk.path, PortRemove("x", "a")))
+    assert isinstance(said, ConsoleError)
+    assert str(said) == r"no guest x\xff"
+
+
+def test_what_is_not_text_cannot_be_asked_for(folder: Path) -> None:
+    with pytest.raises(ConsoleError, match=r"'a\\udcff' is not UTF-8"):
+        monitor.change(str(folder / "no"), PortRemove("web", "a\udcff"))
 
 
 def test_asking_nobody_is_one_line(folder: Path) -> None:
@@ -357,7 +474,8 @@ def test_asking_nobody_is_one_line(folder: Path) -> None:
     ("reply", "line"),
     [
         (b"", "hung up"),
-        (b"what?\n", "no status from"),
+        (b"what?\n", "no answer from"),
+        (b'{"type":"done","message":"not asked"}\n', "refused: not asked"),
         (b'{"type":"failure","message":"not today"}\n', "refused: not today"),
     ],
 )
