@@ -5,7 +5,7 @@ over a connection of its own, and `report` says how it went. The statements are 
 other modules, each with the section it is from.
 """
 
-from . import buffers, device, rings, session
+from . import buffers, device, extensions, frontends, hostile, rings, session
 from .bench import Backend, CannotRunError
 from .runner import Result, run, select
 from .statement import STATEMENTS, Level, Outcome, Statement
@@ -20,6 +20,9 @@ __all__ = [
     "Statement",
     "buffers",
     "device",
+    "extensions",
+    "frontends",
+    "hostile",
     "rings",
     "run",
     "select",

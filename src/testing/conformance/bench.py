@@ -224,6 +224,7 @@ class Bench:
         self.features = Feature(usual & backend.features)
         self.protocol = ProtocolFeature((_USUAL | statement.protocol) & backend.protocol)
         self._stack = ExitStack()
+        self._frontend: Frontend | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -239,8 +240,14 @@ class Bench:
     # Frontends
 
     def connect(self, *, owner: bool = False) -> Frontend:
-        """Return a connection on which nothing was agreed on yet; SET_OWNER may have come first."""
-        return self._stack.enter_context(self.backend.connect(owner=owner))
+        """Return a connection on which nothing was agreed on yet; SET_OWNER may have come first.
+
+        The one before is closed: backends serve one frontend at a time.
+        """
+        if self._frontend is not None:
+            self._frontend.close()
+        self._frontend = self._stack.enter_context(self.backend.connect(owner=owner))
+        return self._frontend
 
     def negotiate(
         self,

@@ -526,7 +526,6 @@ def any_size(bench: Bench) -> None:
         frontend = bench.start(size=size, queues=2)
         for _ in range(2 * size + 1):
             write(bench, frontend.queues[TX])
-        frontend.close()
 
 
 @statement("packed.written-flag", MUST, "VIRTIO 2.8.3", _PACKED, F.MULTIPORT)
@@ -578,7 +577,6 @@ def packed_base(bench: Bench) -> None:
         frontend = bench.start(start=start, queues=2)
         for _ in range(3):
             write(bench, frontend.queues[TX])
-        frontend.close()
 
 
 @statement("packed.next-index", MUST, "vhost-user GET_VRING_BASE", _PACKED)
@@ -591,7 +589,6 @@ def packed_next_index(bench: Bench) -> None:
         place = count % 8 | (0 if count // 8 % 2 else FRESH)
         got, wanted = frontend.get_vring_base(TX), place | place << 16
         expect(got == wanted, f"{got:#x} after {count} buffers", f"{wanted:#x}")
-        frontend.close()
 
 
 @statement("packed.start-again", MUST, "vhost-user SET_VRING_BASE", _PACKED)

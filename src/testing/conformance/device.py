@@ -293,7 +293,6 @@ def one_buffer(bench: Bench) -> None:
     """What the device has to say waits for buffers, given one at a time, and none of it is lost."""
     whole = Dialogue(bench)
     whole.introduce()
-    whole.frontend.close()
     slow = Dialogue(bench, buffers=0)
     slow.say(Event.DEVICE_READY)
     for number, said in enumerate(whole.heard):

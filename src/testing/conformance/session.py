@@ -260,7 +260,6 @@ def steady(bench: Bench) -> None:
             f"{bench.backend.features:#x} as before",
         )
         frontend.barrier()
-        frontend.close()
 
 
 @statement("feature.least", SHOULD, "VIRTIO 2.2.2")
