@@ -12,6 +12,9 @@ import pytest
 from click import Command, Group
 from vhost_device_console import config
 from vhost_device_console.cli import cli
+from vhost_device_console.worker.console.device import FEATURES
+from vhost_device_console.worker.vhost_user.session import Session
+from vhost_device_console.worker.virtqueue.ring import RING_FEATURES
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(ROOT.glob("docs/*.md"))
@@ -89,3 +92,23 @@ def test_a_command_of_the_documents_is_one_that_there_is(arguments: list[str]) -
     while isinstance(command, Group) and arguments[0] in command.commands:
         command, arguments = command.commands[arguments[0]], arguments[1:]
     command.make_context("vhost-device-console", arguments)
+
+
+def bits(heading: str) -> int:
+    """Return the bits in the table under the one heading of docs/offered.md that begins so."""
+    text = (ROOT / "docs/offered.md").read_text()
+    (section,) = re.findall(rf"^## {heading}.*\n([^#]*)", text, re.MULTILINE)
+    table, _, _ = section.partition("With the option")
+    return sum(1 << int(bit) for bit in re.findall(r"^\| (\d+) \|", table, re.MULTILINE))
+
+
+def test_what_the_document_says_is_offered_is_offered() -> None:
+    session = Session(FEATURES | RING_FEATURES, queues=4, largest=256)
+    guest, frontend = bits("To the guest: virtio"), bits("To the frontend: the bits")
+    assert session.features == guest | frontend
+    assert session.protocol_features == bits("To the frontend: protocol")
+
+
+def test_only_inband_notifications_are_an_option() -> None:
+    plain, inband = (Session(0, queues=4, largest=256, inband=way) for way in (False, True))
+    assert inband.protocol_features ^ plain.protocol_features == 1 << 14
