@@ -283,6 +283,22 @@ def test_a_reply_is_sent(frontend: Frontend) -> None:
     assert frontend.sock.recv(4096) == SET
 
 
+def test_a_reply_may_carry_a_fd_that_stays_the_callers(frontend: Frontend) -> None:
+    read, write = os.pipe()
+    try:
+        frontend.channel.send(b"reply", read)
+        data, (fd,), _, _ = socket.recv_fds(frontend.sock, 100, 2)
+        try:
+            os.write(write, b"x")
+            assert (data, os.read(fd, 1)) == (b"reply", b"x")
+            os.fstat(read)
+        finally:
+            os.close(fd)
+    finally:
+        os.close(read)
+        os.close(write)
+
+
 def test_a_frontend_that_reads_no_replies_is_an_error(frontend: Frontend) -> None:
     def answer_on_and_on() -> None:
         for _ in range(1 << 20):

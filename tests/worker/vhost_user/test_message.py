@@ -9,9 +9,12 @@ from vhost_device_console.worker.vhost_user.message import (
     BackendRequest,
     ConfigSpan,
     Header,
+    InflightArea,
+    LogArea,
     ProtocolFeature,
     Region,
     Request,
+    StateTransfer,
     VringAddr,
     VringFd,
     VringState,
@@ -101,8 +104,8 @@ def test_protocol_feature_bits() -> None:
 
 
 def test_protocol_features_bit() -> None:
-    """Virtio feature bit 30 opens the protocol features."""
-    assert message.PROTOCOL_FEATURES_BIT == 0x40000000
+    """Virtio feature bit 30 opens the protocol features, bit 26 the log."""
+    assert (message.PROTOCOL_FEATURES_BIT, message.LOG_ALL_BIT) == (0x40000000, 0x4000000)
 
 
 @pytest.mark.parametrize(
@@ -211,10 +214,19 @@ def test_vring_fd_with_unknown_bits(data: str) -> None:
 
 @pytest.mark.parametrize(
     "decode",
-    [message.decode_u64, VringState.decode, VringAddr.decode, VringFd.decode],
-    ids=["u64", "state", "addr", "fd"],
+    [
+        message.decode_u64,
+        VringState.decode,
+        VringAddr.decode,
+        VringFd.decode,
+        message.decode_region,
+        LogArea.decode,
+        InflightArea.decode,
+        StateTransfer.decode,
+    ],
+    ids=["u64", "state", "addr", "fd", "region", "log", "inflight", "transfer"],
 )
-@pytest.mark.parametrize("size", [0, 7, 9, 39, 41])
+@pytest.mark.parametrize("size", [0, 7, 9, 15, 17, 19, 21, 23, 25, 39, 41])
 def test_fixed_payload_of_wrong_size(decode: object, size: int) -> None:
     """A payload of another size than its message's ends the connection."""
     assert callable(decode)
@@ -279,6 +291,41 @@ def test_regions_cut_short() -> None:
     """A table shorter than its regions ends the connection."""
     with pytest.raises(FrontendError, match="2 regions has only 71 bytes"):
         message.decode_regions(TWO_REGIONS[:-1])
+
+
+def test_region() -> None:
+    """One region for a slot: eight bytes of nothing, then the region."""
+    data = h("0000000000000000 0010000000000000 0020000000000000 0030000000000000 0040000000000000")
+    region = Region(0x1000, 0x2000, 0x3000, 0x4000)
+    assert message.encode_region(region) == data
+    assert message.decode_region(data) == region
+
+
+def test_log_area() -> None:
+    """A log: its size, and its offset in the file."""
+    data = h("0010000000000000 2000000000000000")
+    assert LogArea(0x1000, 0x20).encode() == data
+    assert LogArea.decode(data) == LogArea(0x1000, 0x20)
+
+
+def test_inflight_area() -> None:
+    """An area for buffers in flight: size, offset, queues, entries, with or without padding."""
+    data = h("0010000000000000 2000000000000000 0400 4000 00000000")
+    area = InflightArea(0x1000, 0x20, 4, 64)
+    assert area.encode() == data
+    assert InflightArea.decode(data) == InflightArea.decode(data[:20]) == area
+
+
+def test_state_transfer() -> None:
+    """A state's transfer: its direction and phase."""
+    assert StateTransfer(1, 0).encode() == h("01000000 00000000")
+    assert StateTransfer.decode(h("01000000 02000000")) == (1, 2)
+    assert (message.Direction.SAVE, message.Direction.LOAD, message.PHASE_STOPPED) == (0, 1, 0)
+
+
+def test_limits() -> None:
+    """The most queues, slots and regions, as the specification and QEMU have them."""
+    assert (message.MOST_QUEUES, message.MOST_SLOTS, message.MOST_REGIONS) == (256, 509, 8)
 
 
 def test_config() -> None:
