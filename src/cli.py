@@ -372,6 +372,7 @@ def resize(guest: str, size: str, path: str | None) -> None:
 @cli.command()
 @click.argument("path", metavar="SOCKET", required=False)
 @click.option("--data", metavar="HOST:PORT|PATH", help="Where a client of the console attaches.")
+@click.option("--start", metavar="COMMAND", help="Start it so, and again when it is gone.")
 @click.option("--only", multiple=True, metavar="PATTERN", help="Only statements so called.")
 @click.option("--list", "only_list", is_flag=True, help="Show the statements and try none.")
 @click.option(

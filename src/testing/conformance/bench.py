@@ -77,8 +77,8 @@ class Backend:
         """Return the backend at `path`. Raises CannotRunError when there is none."""
         protocol = queues = ports = 0
         try:
-            with Frontend(path, timeout=timeout) as frontend:
-                features = frontend.get_features()
+            with cls(path, data, timeout).connect() as frontend:
+                features = frontend.offered
                 if features & Feature.PROTOCOL_FEATURES:
                     protocol = frontend.get_protocol_features()
                     frontend.set_protocol_features(protocol & _USUAL)
@@ -86,7 +86,7 @@ class Backend:
                     queues = frontend.get_queue_num()
                 if protocol & ProtocolFeature.CONFIG and features & Feature.MULTIPORT:
                     ports = int.from_bytes(frontend.get_config(4, 4), "little")
-        except TimeoutError as error:
+        except GoneError as error:
             raise CannotRunError(f"{path} is no vhost-user backend: {error}") from None
         except (OSError, ConsoleError) as error:
             reason = getattr(error, "strerror", None) or error

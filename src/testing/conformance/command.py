@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import BinaryIO, TextIO
 
 from . import report
 from .bench import Backend, CannotRunError
+from .process import Process
 from .runner import Result, run, select
 from .statement import Outcome
 
@@ -28,6 +31,7 @@ def check(
     *,
     version: str,
     data: str | None = None,
+    start: str | None = None,
     only: Sequence[str] = (),
     timeout: float = 3.0,
     strict: bool = False,
@@ -37,6 +41,7 @@ def check(
 ) -> int:
     """Check the backend at `path`, print, and return the exit status.
 
+    `start` is the command that starts it, whenever it is not there.
     0: every MUST holds (and, if `strict`, every SHOULD), 1: not so. Raises CannotRunError when
     there is nothing to check.
     """
@@ -50,25 +55,37 @@ def check(
         raise CannotRunError("which backend? Give its vhost-user socket")
     if timeout <= 0:
         raise CannotRunError("--timeout must be more than 0 seconds")
-    backend = Backend.find(path, None if data is None else address(data), timeout)
-    try:
-        file = None if junit is None else open(junit, "wb")  # noqa: SIM115
-    except OSError as error:
-        raise CannotRunError(f"cannot write {junit}: {error.strerror}") from None
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    results: list[Result] = []
-    if not as_json:
-        print("\n".join(report.heading(backend)), flush=True)
-    for result in run(backend, statements):
-        results.append(result)
-        if not as_json:
-            print("\n".join(report.line(result, colour=colour)), flush=True)
-    if as_json:
-        print(json.dumps(report.as_json(backend, version, results), indent=2))
-    else:
-        print(f"\n{report.summary(results)}")
-    if file is not None:
-        with file:
+    client = None if data is None else address(data)
+    with ExitStack() as stack:
+        process = None if start is None else stack.enter_context(Process(start, path))
+        file = None if junit is None else stack.enter_context(_writable(junit))
+        backend = Backend.find(path, client, timeout)
+        restart = None if process is None else process.start
+        results = _print(
+            run(backend, statements, restart), backend, None if as_json else sys.stdout
+        )
+        if as_json:
+            print(json.dumps(report.as_json(backend, version, results), indent=2))
+        if file is not None:
             file.write(report.as_junit(backend, results, strict=strict))
     bad = {Outcome.FAIL, Outcome.WARN} if strict else {Outcome.FAIL}
     return int(any(result.outcome in bad for result in results))
+
+
+def _print(tried: Iterable[Result], backend: Backend, out: TextIO) -> list[Result]:
+    """Return all results, each printed as it comes."""
+    colour = out.isatty() and "NO_COLOR" not in os.environ
+    print("\n".join(report.heading(backend)), file=out, flush=True)
+    results = []
+    for result in tried:
+        results.append(result)
+        print("\n".join(report.line(result, colour=colour)), file=out, flush=True)
+    print(f"\n{report.summary(results)}", file=out)
+    return results
+
+
+def _writable(path: str) -> BinaryIO:
+    try:
+        return open(path, "wb")
+    except OSError as error:
+        raise CannotRunError(f"cannot write {path}: {error.strerror}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -48,11 +48,15 @@ def select(patterns: Iterable[str]) -> list[Statement]:
     )
 
 
-def run(backend: Backend, statements: Iterable[Statement]) -> Iterator[Result]:
+def run(
+    backend: Backend,
+    statements: Iterable[Statement],
+    restart: Callable[[], None] | None = None,
+) -> Iterator[Result]:
     """Try each statement and yield its result at once.
 
-    A statement that ends the backend has failed, and so have all after it, unless something
-    starts the backend again in time.
+    A statement after which the backend is gone has failed, and so have all after it, unless
+    `restart`, or somebody else in time, starts it again.
     """
     gone = ""
     process = 0
@@ -83,6 +87,9 @@ def run(backend: Backend, statements: Iterable[Statement]) -> Iterator[Result]:
                 outcome, expected = Outcome.FAIL, "the backend to be as before"
                 seen = f"{seen + '; then ' if seen else ''}{trouble}"
             yield Result(statement, outcome, seen, expected, time.monotonic() - start)
+            if trouble and restart is not None:
+                restart()
+                gone, process = "", 0
 
 
 def _try(backend: Backend, statement: Statement) -> tuple[Outcome, str, str]:
