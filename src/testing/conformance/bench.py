@@ -86,8 +86,6 @@ class Backend:
                     queues = frontend.get_queue_num()
                 if protocol & ProtocolFeature.CONFIG and features & Feature.MULTIPORT:
                     ports = int.from_bytes(frontend.get_config(4, 4), "little")
-        except GoneError as error:
-            raise CannotRunError(f"{path} is no vhost-user backend: {error}") from None
         except (OSError, ConsoleError) as error:
             reason = getattr(error, "strerror", None) or error
             raise CannotRunError(f"cannot check {path}: {reason}") from None

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 from . import report
 from .bench import Backend, CannotRunError
@@ -55,15 +55,16 @@ def check(
         raise CannotRunError("which backend? Give its vhost-user socket")
     if timeout <= 0:
         raise CannotRunError("--timeout must be more than 0 seconds")
+    if start is None and not os.path.exists(path):
+        raise CannotRunError(f"cannot check {path}: there is no such socket")
     client = None if data is None else address(data)
     with ExitStack() as stack:
         process = None if start is None else stack.enter_context(Process(start, path))
         file = None if junit is None else stack.enter_context(_writable(junit))
         backend = Backend.find(path, client, timeout)
         restart = None if process is None else process.start
-        results = _print(
-            run(backend, statements, restart), backend, None if as_json else sys.stdout
-        )
+        tried = run(backend, statements, restart)
+        results = list(tried) if as_json else _print(tried, backend)
         if as_json:
             print(json.dumps(report.as_json(backend, version, results), indent=2))
         if file is not None:
@@ -72,15 +73,15 @@ def check(
     return int(any(result.outcome in bad for result in results))
 
 
-def _print(tried: Iterable[Result], backend: Backend, out: TextIO) -> list[Result]:
+def _print(tried: Iterable[Result], backend: Backend) -> list[Result]:
     """Return all results, each printed as it comes."""
-    colour = out.isatty() and "NO_COLOR" not in os.environ
-    print("\n".join(report.heading(backend)), file=out, flush=True)
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print("\n".join(report.heading(backend)), flush=True)
     results = []
     for result in tried:
         results.append(result)
-        print("\n".join(report.line(result, colour=colour)), file=out, flush=True)
-    print(f"\n{report.summary(results)}", file=out)
+        print("\n".join(report.line(result, colour=colour)), flush=True)
+    print(f"\n{report.summary(results)}")
     return results
 
 
