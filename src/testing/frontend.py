@@ -7,6 +7,8 @@ import select
 import socket
 import time
 from collections.abc import Callable, Sequence
+from functools import reduce
+from operator import or_
 from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
 
@@ -35,7 +37,7 @@ from .memory import GuestMemory
 from .queue import CallAs, Queue, wait_readable
 
 #: What the mock frontend accepts when it is offered: everything there is a name for.
-FRONTEND_FEATURES = ~ProtocolFeature(0)
+FRONTEND_FEATURES = reduce(or_, ProtocolFeature)
 
 _MOST_FDS = 253  # the kernel's limit, SCM_MAX_FD
 
