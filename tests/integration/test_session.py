@@ -262,7 +262,7 @@ def test_offers(pair: Pair) -> None:
             | Feature.RING_RESET
         )
         assert ProtocolFeature(frontend.get_protocol_features()) == (
-            ~ProtocolFeature(0) & ~ProtocolFeature.INBAND_NOTIFICATIONS
+            FRONTEND_FEATURES ^ ProtocolFeature.INBAND_NOTIFICATIONS
         )
         assert frontend.get_queue_num() == 4
 
