@@ -7,10 +7,12 @@ from typing import Protocol
 from ...errors import RefusedError
 from .chain import Chain
 from .features import EVENT_IDX, IN_ORDER, INDIRECT_DESC, RING_PACKED, RING_RESET
+from .inflight import PackedState, SplitState
 from .log import DirtyLog
 from .memory import GuestMemory
 from .packed import PackedQueue
 from .split import SplitQueue
+from .tracked import TrackedPackedQueue, TrackedSplitQueue
 
 #: What a device with these rings offers. IN_ORDER is kept by every user of a ring: it pushes what
 #: it popped in that order. RING_RESET is a stop and a start to a ring, as any other.
@@ -84,39 +86,34 @@ def place(
     base: int,
     writable: bool,
     most_bytes: int,
+    inflight: SplitState | PackedState | None = None,
 ) -> Ring:
     """Return the ring of `size` entries at the frontend addresses of SET_VRING_ADDR.
 
     `base` is what SET_VRING_BASE said, or `index` of the ring's predecessor. A split ring goes on
     where its own used index says instead: that is true even after a crash.
     `writable` says which way the guest's buffers go: True when this side fills them.
-    A chain of more than `most_bytes` is an error.
+    A chain of more than `most_bytes` is an error. With `inflight`, what is popped is kept there
+    until it is published, and what a predecessor left there is popped first.
 
     Raises RefusedError when no ring of the negotiated format can be there: its size is none of
-    that format's, or an area is misaligned or not within one memory region.
+    that format's, an area is misaligned or not within one memory region, `base` is no place in it,
+    or `inflight` is of the other format or too small.
     """
+    packed = bool(features & RING_PACKED)
     if not valid_size(size, features):
-        wanted = "any number" if features & RING_PACKED else "a power of two"
+        wanted = "any number" if packed else "a power of two"
         raise RefusedError(f"a ring cannot have {size} entries: {wanted} from 1 to {LARGEST}")
-    if features & RING_PACKED:
+    if inflight is not None and packed != isinstance(inflight, PackedState):
+        raise RefusedError("an inflight area was made for rings of the other format")
+    where = (memory, size, desc, avail, used)
+    options = {"features": features, "writable": writable, "most_bytes": most_bytes}
+    if isinstance(inflight, PackedState):
+        return TrackedPackedQueue(*where, **options, base=base, state=inflight)
+    if isinstance(inflight, SplitState):
+        return TrackedSplitQueue(*where, **options, state=inflight)
+    if packed:
         return PackedQueue(
-            memory,
-            size,
-            desc,
-            avail,
-            used,
-            features=features,
-            base=base,
-            writable=writable,
-            most_bytes=most_bytes,
+            *where, features=features, base=base, writable=writable, most_bytes=most_bytes
         )
-    return SplitQueue(
-        memory,
-        size,
-        desc,
-        avail,
-        used,
-        features=features,
-        writable=writable,
-        most_bytes=most_bytes,
-    )
+    return SplitQueue(*where, features=features, writable=writable, most_bytes=most_bytes)

@@ -1,0 +1,178 @@
+"""Rings that keep in an inflight area what they popped; a successor pops that again first."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from ...errors import RefusedError
+from .chain import Chain
+from .inflight import PackedState, SplitState
+from .log import DirtyLog
+from .packed import PackedQueue
+from .split import SplitQueue
+
+_AVAIL = 1 << 7
+_WRAP = 1 << 15
+_INDEX = 0xFFFF
+
+
+class TrackedSplitQueue(SplitQueue):
+    """A split ring whose chains in flight are in `state`; the rest is as in `SplitQueue`."""
+
+    def __init__(self, *place: Any, state: SplitState, **options: Any) -> None:
+        super().__init__(*place, **options)
+        _check(self.size, state)
+        self._state = state
+        waiting = (self._avail[1] - self._published) & _INDEX
+        heads = state.recover(self._published, waiting, self.size)
+        self._again = deque(heads)  # in flight in a predecessor, still to be popped
+        self._next = self._known = (self._published + len(heads)) & _INDEX
+        self._last = (0, False)  # the head popped last, and whether it was one of those
+        self._batch: list[int] = []
+
+    @property
+    def index(self) -> int:
+        """Where the ring goes on; what is in flight is in the area."""
+        return self._next
+
+    def ready(self) -> bool:
+        """Say whether `pop` has something to look at."""
+        return bool(self._again) or super().ready()
+
+    def pop(self) -> Chain | None:
+        """Return the next buffer; see `SplitQueue.pop`."""
+        if self._again:
+            head = self._again[0]
+            chain = self._walk(head, self._desc[2 * head], self._desc[2 * head + 1])
+            self._last = self._again.popleft(), True
+            return chain
+        found = super().pop()
+        if found is not None:
+            self._state.fetched(found.head)
+            self._last = found.head, False
+        return found
+
+    def unpop(self) -> None:
+        """Put the chain popped last back; nothing may have been pushed since."""
+        head, again = self._last
+        super().unpop()
+        if again:
+            self._next = (self._next + 1) & _INDEX
+            self._again.appendleft(head)
+        else:
+            self._state.put_back(head)
+
+    def push(self, head: int, written: int) -> None:
+        """Complete the oldest popped chain, `head`, with `written` bytes; not visible yet."""
+        self._state.completing(head)
+        self._batch.append(head)
+        super().push(head, written)
+
+    def publish(self) -> bool:
+        """Let the guest see what was pushed; return whether it wants a call."""
+        wanted = super().publish()
+        if self._batch:
+            self._state.completed(self._batch, self._published)
+            self._batch.clear()
+        return wanted
+
+    def want_kicks(self) -> bool:
+        """Ask the guest to kick at its next buffer; return whether there already is one."""
+        return super().want_kicks() or bool(self._again)
+
+
+class TrackedPackedQueue(PackedQueue):
+    """A packed ring whose chains in flight are in `state`; the rest is as in `PackedQueue`."""
+
+    def __init__(self, *place: Any, state: PackedState, **options: Any) -> None:
+        super().__init__(*place, **options)
+        _check(self.size, state)
+        self._state = state
+        self._inline = 0  # every chain's descriptors are kept: `_walk` sees them all
+        start = super().index & _INDEX
+        used, chains = state.recover(start, self._desc, self.size)
+        self._again = deque(chains)  # in flight in a predecessor, still to be popped
+        at, wrap = used & ~_WRAP, used & _WRAP
+        at += sum(len(descriptors) for _, descriptors in chains)
+        if at >= self.size:
+            at, wrap = at - self.size, wrap ^ _WRAP
+        self._begin(at | wrap, used)
+        self._open: deque[int] = deque()  # keys of what is popped and not pushed
+        self._batch: list[int] = []
+        self._last: tuple[int, list[tuple[int, int]]] | None = None  # popped last, if from _again
+        self._walked: list[tuple[int, int]] = []
+
+    @property
+    def index(self) -> int:
+        """Where the ring goes on; what is in flight is in the area."""
+        available = self._next | (_WRAP if self._lap == _AVAIL else 0)
+        return available | super().index & _INDEX << 16
+
+    def log(self, log: DirtyLog | None, used_addr: int | None) -> None:
+        """From now on, mark in `log` what is written for the guest; None: nowhere."""
+        super().log(log, used_addr)
+        self._inline = 0
+
+    def ready(self) -> bool:
+        """Say whether `pop` has something to look at."""
+        return bool(self._again) or super().ready()
+
+    def _walk(self, entries: list[tuple[int, int]]) -> Chain:
+        self._walked = entries
+        return super()._walk(entries)
+
+    def pop(self) -> Chain | None:
+        """Return the next buffer; see `PackedQueue.pop`."""
+        if self._again:
+            key, descriptors = self._again[0]
+            chain = self._walk(descriptors)
+            self._last = self._again.popleft()
+            self._popped = 0
+            self._open.append(key)
+            return chain
+        found = super().pop()
+        if found is not None:
+            self._last = None
+            self._open.append(self._state.fetched(self._walked))
+        return found
+
+    def unpop(self) -> None:
+        """Put the chain popped last back; nothing may have been pushed since."""
+        super().unpop()
+        key = self._open.pop()
+        if self._last is not None:
+            self._again.appendleft(self._last)
+        else:
+            self._state.put_back(key)
+
+    def push(self, head: int, written: int) -> None:
+        """Complete the oldest popped chain, `head`, with `written` bytes; not visible yet."""
+        self._batch.append(self._open.popleft())
+        super().push(head, written)
+
+    def publish(self) -> bool:
+        """Let the guest see what was pushed; return whether it wants a call."""
+        if not self._batch:
+            return False
+        at = self._used + sum(head >> 16 for head, _ in self._pushed)
+        wrap = bool(self._used_lap)
+        if at >= self.size:
+            at, wrap = at - self.size, not wrap
+        place = at | wrap << 15
+        self._state.completing(self._batch, place)
+        wanted = super().publish()
+        self._state.completed(self._batch, place)
+        self._batch.clear()
+        return wanted
+
+    def want_kicks(self) -> bool:
+        """Ask the guest to kick at its next buffer; return whether there already is one."""
+        return super().want_kicks() or bool(self._again)
+
+
+def _check(size: int, state: SplitState | PackedState) -> None:
+    if size > state.size:
+        raise RefusedError(
+            f"an inflight area for rings of {state.size} entries cannot keep one of {size}"
+        )
