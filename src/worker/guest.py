@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from .. import config, orders
+from ..errors import FrontendError
 from ..health import Health, PortHealth
 from ..journal import Journal
 from . import state
@@ -185,7 +186,11 @@ class Guest:
     # The loop's three kinds of work
 
     def _drain(self) -> bool:
-        worked = self._queues.drain()
+        try:
+            worked = self._queues.drain()
+        except FrontendError as error:
+            self._frontend.fail(error)
+            return True
         if worked:
             self._report.changed()
         return worked
@@ -250,6 +255,8 @@ class Guest:
         console = self._console
         role, port = console.role(index)
         match role:
+            case Role.OUTPUT if port and not enabled and (port.blocking or port.holding):
+                return IDLE  # the rest of what the guest wrote before; it can wait
             case Role.OUTPUT if port is None or not enabled:
                 return Work(ring.ready, partial(discard, ring, BUDGET, port), _always)
             case _ if not enabled:
