@@ -224,9 +224,10 @@ class Guest:
             case fx.ReadConfig(offset, size):
                 return self._console.read_config(offset, size, self._session.named)
             case fx.WriteConfig(offset, data, flags):
-                if flags & _MIGRATION:
-                    return None
-                return self._console.write_config(offset, data)
+                if not flags & _MIGRATION:
+                    self._console.write_config(offset, data)
+                    self._report.changed()
+                return None
             case _:
                 return self._queues.apply(effect)
 
