@@ -75,7 +75,10 @@ class DirtyLog:
         start = ctypes.addressof(self._pin)
         self._first = start & ~3  # the word with the log's first byte
         self._skew = (start & 3) << 3  # the bits of that word before it
-        self._or(self._first, 0)  # nothing but a try: whether the kernel does it
+        try:
+            self._or(self._first, 0)  # changes nothing, but a kernel that cannot do it says so
+        except FrontendError as error:
+            raise RefusedError(str(error)) from None
 
     def covers(self, addr: int, size: int) -> bool:
         """Say whether these bytes at a guest address have their bits in the log."""

@@ -25,6 +25,7 @@ _EVENT_DESC = 2
 
 _FLAGS = 7  # NEXT, WRITE and INDIRECT
 _WRAP = 1 << 15
+_ENTRY = _WRAP - 1
 _INDEX = 0xFFFF
 _LOW32 = 0xFFFFFFFF
 
@@ -72,16 +73,16 @@ class PackedQueue(ChainReader):
             # lap before, ours. So this ring is fresh, and somebody knows of no wrap counters (Linux
             # says 0 of any fresh ring in User Mode Linux).
             start = _WRAP
-        if start & ~_WRAP >= size:
+        if start & _ENTRY >= size:
             raise RefusedError(f"a packed ring of {size} entries cannot go on at {base:#x}")
         self._begin(start, start)
 
     def _begin(self, next_: int, used: int) -> None:
         """Go on at these places, each an entry and in bit 15 its wrap counter."""
-        self._next = next_ & ~_WRAP  # the entry to pop next
+        self._next = next_ & _ENTRY  # the entry to pop next
         self._lap = _AVAIL if next_ & _WRAP else _USED  # an available entry's flags there
         self._popped = 0  # how many descriptors the last chain popped has
-        self._used = used & ~_WRAP  # the entry to use next
+        self._used = used & _ENTRY  # the entry to use next
         self._used_lap = _LAP if used & _WRAP else 0  # a used entry's flags there
         self._pushed: list[tuple[int, int]] = []  # `push`es that are not published
 
@@ -212,8 +213,8 @@ class PackedQueue(ChainReader):
             return False
         if mode != _EVENT_DESC or not self._event_idx:
             return True
-        wanted = event & ~_WRAP & _INDEX
-        if bool(event & _WRAP) != bool(lap):
+        wanted = event & _ENTRY
+        if event & _WRAP != lap & _WRAP:
             wanted -= size
         return (at - wanted - 1) & _INDEX < skipped
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 from ...errors import GuestError, RefusedError
 from .chain import DESC_SIZE, INDIRECT, NEXT, Chain, ChainReader
-from .features import EVENT_IDX as EVENT_IDX
-from .features import INDIRECT_DESC as INDIRECT_DESC
 from .fence import WEAKLY_ORDERED, fence
 from .memory import GuestMemory
 

@@ -166,6 +166,14 @@ def test_a_log_is_refused_where_no_bit_can_be_set(
         DirtyLog(memfd(PAGE), 8, 0, 0)
 
 
+def test_a_log_is_refused_where_the_kernel_sets_no_bit(
+    memfd: Memfd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_FUTEX", 0x7FFF)  # no system call
+    with pytest.raises(RefusedError, match="Function not implemented"):
+        DirtyLog(memfd(PAGE), 8, 0, 0)
+
+
 def test_a_log_that_is_cut_off_is_the_frontends_fault(memfd: Memfd) -> None:
     """A store would be a SIGBUS, of which this process would die."""
     fd = memfd(2 * PAGE)  # not to be sealed: made without MFD_ALLOW_SEALING

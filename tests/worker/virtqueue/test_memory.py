@@ -302,3 +302,30 @@ def test_spans_do_not_wrap_around_the_address_space() -> None:
     memory = GuestMemory([region(0, 0x1000, 0), region(TOP - 0x1000, 0x1000, 0x1000)])
     with pytest.raises(GuestError):
         memory.spans(TOP - 1, 2)
+
+
+def test_memory_ends_after_its_last_region(memory: GuestMemory) -> None:
+    assert memory.end == 0x7000
+
+
+@pytest.mark.parametrize(("user", "guest"), [(0x5000, 0x1000), (0x7000, 0x3000), (0xA010, 0x6010)])
+def test_a_frontend_address_has_a_guest_address(memory: GuestMemory, user: int, guest: int) -> None:
+    assert memory.guest_addr(user) == guest
+
+
+@pytest.mark.parametrize("user", [0x4FFF, 0x8000, 0, TOP])
+def test_a_frontend_address_of_nothing_has_no_guest_address(memory: GuestMemory, user: int) -> None:
+    with pytest.raises(RefusedError):
+        memory.guest_addr(user)
+
+
+def test_each_of_many_regions_is_found(memfd: Memfd) -> None:
+    fd = memfd(PAGE)
+    memory = GuestMemory(
+        [map_region(fd, at * 2 * PAGE, PAGE, at * 2 * PAGE, 0) for at in range(1, 510)]
+    )
+    for at in range(1, 510):
+        assert len(memory.guest(at * 2 * PAGE + 1, PAGE - 1)) == PAGE - 1
+        assert len(memory.spans(at * 2 * PAGE + 1, PAGE - 1)) == 1
+        with pytest.raises(GuestError):
+            memory.spans(at * 2 * PAGE - 1, 1)

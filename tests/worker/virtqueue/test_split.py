@@ -15,7 +15,8 @@ from vhost_device_console.worker.vhost_user.message import Region
 from vhost_device_console.worker.virtqueue import memory as mapped
 from vhost_device_console.worker.virtqueue import split
 from vhost_device_console.worker.virtqueue.chain import Chain
-from vhost_device_console.worker.virtqueue.split import EVENT_IDX, INDIRECT_DESC, SplitQueue
+from vhost_device_console.worker.virtqueue.features import EVENT_IDX, INDIRECT_DESC
+from vhost_device_console.worker.virtqueue.split import SplitQueue
 
 SIZE = 8
 MOST = 1 << 16
