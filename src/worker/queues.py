@@ -21,6 +21,8 @@ from .vhost_user import message as wire
 from .vhost_user import session as fx
 from .vhost_user.backend_channel import BackendChannel
 from .vhost_user.message import ProtocolFeature
+from .virtqueue import inflight
+from .virtqueue.inflight import Inflight, PackedState, SplitState
 from .virtqueue.log import DirtyLog
 from .virtqueue.memory import GuestMemory, Region, map_region
 from .virtqueue.ring import Ring, place
@@ -167,6 +169,7 @@ class Queues:
         self._dirty: DirtyLog | None = None
         self._dirty_event: int | None = None
         self._fault: FrontendError | None = None
+        self._inflight: Inflight | None = None
 
     # The loop's work
 
@@ -259,6 +262,7 @@ class Queues:
         self._protocol = ProtocolFeature(0)
         _close(self._dirty_event)
         self._dirty_event = None
+        self._inflight = None
         self._close_channel()
         self._config_changed = False
         saved = self._transfer.saved
@@ -378,9 +382,17 @@ class Queues:
                 queue.error, queue.error_inband = kept, False
             case fx.SetBackendChannel(fd):
                 self._open_channel(_dup(fd))
+            case fx.MakeInflight(queues, size):
+                if queues > wire.MOST_QUEUES:
+                    raise RefusedError(f"there are no {queues} queues to keep in flight")
+                fd, total = inflight.create(queues, size, self._features)
+                return total, 0, fd
+            case fx.SetInflight(area, fd):
+                self._inflight = Inflight(fd, *area, self._features)
             case fx.AnyBroken():
                 return any(queue.broken for queue in self._queues.values())
             case fx.ResetDevice():
+                self._inflight = None
                 self._carrier.reset()
             case fx.SaveState(fd):
                 self._transfer.send(_dup(fd))
@@ -481,7 +493,14 @@ class Queues:
         if lost:
             raise RefusedError(f"the new memory table has no place for running queues {lost}")
 
-    def _place(self, queue: _Queue, size: int, addr: wire.VringAddr, base: int) -> Ring:
+    def _place(
+        self,
+        queue: _Queue,
+        size: int,
+        addr: wire.VringAddr,
+        base: int,
+        state: SplitState | PackedState | None = None,
+    ) -> Ring:
         if self._memory is None:
             raise RefusedError(f"queue {queue.index} has addresses but there is no memory table")
         writable, most_bytes = self._carrier.kind(queue.index)
@@ -495,6 +514,7 @@ class Queues:
             base=base,
             writable=writable,
             most_bytes=most_bytes,
+            inflight=state,
         )
 
     def _start(self, effect: fx.StartRing) -> None:
@@ -507,7 +527,7 @@ class Queues:
             self._begin(queue, effect)
 
     def _begin(self, queue: _Queue, start: fx.StartRing) -> None:
-        ring = self._place(queue, start.size, start.addr, start.base)
+        ring = self._resume(queue, start)
         before = queue.start, queue.ring, queue.enabled
         queue.start, queue.ring, queue.enabled = start, ring, start.enabled
         try:
@@ -522,6 +542,25 @@ class Queues:
         self._running.append(queue)
         self._transfer.stop()
         self._tell_config()
+
+    def _resume(self, queue: _Queue, start: fx.StartRing) -> Ring:
+        """Return a ring that goes on, with what was in flight where the frontend kept that."""
+        state = None if self._inflight is None else self._inflight.queue(queue.index)
+        if state is None:
+            return self._place(queue, start.size, start.addr, start.base)
+        try:
+            ring = self._place(queue, start.size, start.addr, start.base, state)
+            why, state.discarded = state.discarded, None
+        except RefusedError as error:
+            ring = self._place(queue, start.size, start.addr, start.base)
+            why = str(error)
+        if why is not None:
+            self._log.warning(
+                "queue %d goes on where it was, what was in flight is not known: %s",
+                queue.index,
+                why,
+            )
+        return ring
 
     def _enable(self, queue: _Queue, enabled: bool) -> None:
         ring = queue.ring
