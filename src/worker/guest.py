@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from .. import config, orders
-from ..errors import FrontendError
+from ..errors import ConsoleError, FrontendError
 from ..health import Health, PortHealth
 from ..journal import Journal
 from . import state
@@ -74,6 +74,7 @@ class Guest:
 
         self._audiences: dict[int, Audience] = {}
         self._frozen = False
+        self._new_driver = True
         self._session: fx.Session
         self._console = Console(
             [],
@@ -151,19 +152,24 @@ class Guest:
 
     def _on_order(self, _: int) -> None:
         """Do what the master wants; it has checked that it can be done."""
-        received = orders.receive(self._orders)
-        if received is None:
-            return
-        order, fds = received
+        try:
+            received = orders.receive(self._orders)
+            if received is not None:
+                self._obey(*received)
+        except (ConsoleError, OSError) as error:
+            self._log.error("what the master wanted was not done: %s", error)
+        self._report.send()
+
+    def _obey(self, order: orders.Order, fds: list[int]) -> None:
+        ports = self._console.ports
         match order:
             case orders.AddPort(port):
                 self._add_port(port, *fds)
-            case orders.RemovePort(number):
-                self._remove_port(self._console.ports[number])
+            case orders.RemovePort(number) if number in ports:
+                self._remove_port(ports[number])
                 gc.collect()  # its parts refer to one another, and to its journal's memory
-            case orders.Resize(number, columns, rows):
+            case orders.Resize(number, columns, rows) if number in ports:
                 self._audiences[number].fix_size(columns, rows)
-        self._report.send()
 
     def run(self) -> None:
         """Serve until told to end, left by the user, or without master or `--fd` frontend."""
@@ -240,10 +246,16 @@ class Guest:
         return role.writable, longest
 
     def started(self, index: int, ring: Ring) -> None:
-        """Begin the control dialogue anew with a driver that has used nothing yet."""
+        """Begin the control dialogue anew with a driver that has used nothing yet.
+
+        Either control queue alone may have come round to its beginning.
+        """
         self._thaw()
-        if self._console.role(index)[0] is Role.CONTROL_FROM_GUEST and ring.fresh:
-            self._console.control.reset()
+        match self._console.role(index)[0]:
+            case Role.CONTROL_TO_GUEST:
+                self._new_driver = ring.fresh
+            case Role.CONTROL_FROM_GUEST if ring.fresh and self._new_driver:
+                self._console.control.reset()
 
     def stopped(self, index: int) -> None:
         """Let nobody wait for room for a buffer that cannot come any more."""

@@ -19,6 +19,9 @@ from .console.port import Port
 _KIND = "vhost-device-console"
 _VERSION = 1
 
+#: A control message is eight bytes and a port's name.
+_LONGEST_MESSAGE = 4096
+
 
 class _Port(msgspec.Struct, array_like=True, kw_only=True):
     """One port; `seen` is where an absent reader of the output goes on, `output` ends at the head.
@@ -106,6 +109,10 @@ def load(console: Console, data: bytes) -> None:
     except msgspec.MsgspecError as error:
         raise RefusedError(f"no device state: {error}") from None
     _check(console, device.ports)
+    for port_id, event, message in device.waiting:
+        known = port_id in console.ports or event is Event.PORT_REMOVE
+        if not known or not 8 <= len(message) <= _LONGEST_MESSAGE:
+            raise RefusedError(f"the device state has an impossible message for port {port_id}")
     console.control.restore({port.id: port.state for port in device.ports}, device.waiting)
     for saved in device.ports:
         port = console.ports[saved.id]

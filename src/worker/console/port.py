@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from ...errors import GuestError
 from ...journal import Input, Output, Reader
 
 
@@ -183,6 +184,8 @@ class Port:
         taken = 0
         try:
             while taken < most and (chain := queue.pop()) is not None:
+                if chain.size > output.size:  # the ring may have been made for another port
+                    raise GuestError(f"a chain of more than {output.size} bytes")
                 if limit is not None and output.head + chain.size > limit:
                     queue.unpop()
                     self.holding = True

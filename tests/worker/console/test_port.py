@@ -448,3 +448,56 @@ def test_what_moved_with_the_guest_is_forgotten_in_both_directions(
     port.input.fed(5)
     port.forget()
     assert (reader.pending, port.output.seen, len(port.input), port.missed) == (0, 6, 0, 0)
+
+
+def test_a_buffer_larger_than_the_journal_is_a_mistake(port: Port, queue: Queue) -> None:
+    """Its ring may have been started when the port had not come yet."""
+    queue.write(b"before")
+    queue.write(bytes(SIZE + 1))
+    with pytest.raises(GuestError, match="4096 bytes"):
+        port.take_output(queue, MANY)
+    assert port.output.head == 6
+
+
+# A guest that moved here
+
+
+def test_output_nobody_has_seen_is_the_first_reader_s_here_too(port: Port) -> None:
+    port.adopt_output(95, 100, b"moved")
+    reader = port.attach()
+    assert (reader.offset, bytes(reader.span())) == (95, b"moved")
+    assert (port.output.tail, port.output.head) == (95, 100)
+
+
+def test_a_reader_that_waits_goes_on_at_the_guest_s_offset(port: Port) -> None:
+    reader = port.attach()
+    port.adopt_output(95, 100, b"moved")
+    assert bytes(reader.span()) == b"moved"
+
+
+def test_what_was_lost_before_the_move_is_a_gap_here(port: Port) -> None:
+    port.adopt_output(80, 100, b"moved")
+    reader = port.attach()
+    assert (reader.skip_lost(), bytes(reader.span())) == (15, b"moved")
+
+
+def test_a_port_with_a_past_of_its_own_keeps_its_offsets(port: Port, queue: Queue) -> None:
+    queue.write(b"past")
+    port.take_output(queue, MANY)
+    port.adopt_output(80, 100, b"moved")
+    assert bytes(port.output.span(0)) == b"pastmoved"
+    assert port.missed == 15
+
+
+def test_input_that_moved_comes_before_what_was_typed_here(port: Port, queue: Queue) -> None:
+    port.input.feed(b" here")
+    port.adopt_input(1000, b"there")
+    (room,) = queue.room(16)
+    port.give_input(queue, MANY)
+    assert bytes(room[:10]) == b"there here"
+
+
+def test_input_goes_on_at_the_guest_s_offset(port: Port) -> None:
+    port.adopt_input(SIZE - 3, b"around")
+    assert (port.input.tail, port.input.head) == (SIZE - 3, SIZE + 3)
+    assert port.input.copy() == b"around"
