@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from ...errors import GuestError, RefusedError
 from .features import EVENT_IDX, INDIRECT_DESC
@@ -55,11 +55,10 @@ class ChainReader:
         self._log_used: int | None = None
         self._noted: deque[list[tuple[int, int]]] = deque()  # of each chain popped and not pushed
 
-    def _chain(self, head: int, pieces: Iterable[tuple[int, int, int]]) -> Chain:
+    def _chain(self, head: int, pieces: Sequence[tuple[int, int, int]]) -> Chain:
         """Return the chain of these (address, size, flags). Raises GuestError if it may not be."""
         total = 0
         spans: list[memoryview] = []
-        noted = []
         for addr, size, flags in pieces:
             if flags & WRITE != self._direction:
                 way = "readable" if self._direction else "writable"
@@ -68,9 +67,8 @@ class ChainReader:
             if total > self._most_bytes:
                 raise GuestError(f"a chain of more than {self._most_bytes} bytes")
             spans += self._memory.spans(addr, size)
-            noted.append((addr, size))
         if self._log is not None and self._direction:
-            self._noted.append(noted)
+            self._noted.append([(addr, size) for addr, size, _ in pieces])
         return Chain(head, total, spans)
 
     def _table(self, addr: int, size: int, allowed: bool) -> memoryview:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from ...errors import RefusedError
 from .chain import Chain
@@ -107,13 +107,13 @@ def place(
     if inflight is not None and packed != isinstance(inflight, PackedState):
         raise RefusedError("an inflight area was made for rings of the other format")
     where = (memory, size, desc, avail, used)
-    options = {"features": features, "writable": writable, "most_bytes": most_bytes}
+    options: dict[str, Any] = {
+        "features": features,
+        "writable": writable,
+        "most_bytes": most_bytes,
+    }
     if isinstance(inflight, PackedState):
         return TrackedPackedQueue(*where, **options, base=base, state=inflight)
     if isinstance(inflight, SplitState):
         return TrackedSplitQueue(*where, **options, state=inflight)
-    if packed:
-        return PackedQueue(
-            *where, features=features, base=base, writable=writable, most_bytes=most_bytes
-        )
-    return SplitQueue(*where, features=features, writable=writable, most_bytes=most_bytes)
+    return PackedQueue(*where, **options, base=base) if packed else SplitQueue(*where, **options)

@@ -253,7 +253,7 @@ STARTS = {0: [0, 5, 65533], RING_PACKED: [0x8000, 0x8005, 3]}
 
 @FORMATS
 @pytest.mark.parametrize("nth", range(3))
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_death_at_any_store_loses_and_doubles_nothing(
     tracked: MakeTracked, format_: int, nth: int, seed: int
 ) -> None:
@@ -264,7 +264,7 @@ def test_a_death_at_any_store_loses_and_doubles_nothing(
         r.offer(1, 2)
         r.finish()
         r.driver.reap()
-    chains = r.offer(*[[1, 2, 1, 3], [3, 3, 0, 1], [2] * 4, [1] * 8][seed % 4])
+    chains = r.offer(*[[1, 2, 1, 3], [3, 3, 0, 1], [2] * 4, [1] * 8][seed])
     as_offered = keep(r.driver)
     points: list[tuple[bytes, bytes]] = []
     state = r.serve()
