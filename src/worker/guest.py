@@ -256,6 +256,8 @@ class Guest:
                 self._new_driver = ring.fresh
             case Role.CONTROL_FROM_GUEST if ring.fresh and self._new_driver:
                 self._console.control.reset()
+            case Role.CONTROL_FROM_GUEST:
+                self._console.control.presume()
 
     def stopped(self, index: int) -> None:
         """Let nobody wait for room for a buffer that cannot come any more."""
@@ -343,11 +345,12 @@ class Guest:
     def _health(self) -> Health:
         counters = self._counters
         counters.ignored = self._console.control.ignored
+        connected = counters.frontend is not None
         counters.ports = [
             PortHealth(
                 id=port.id,
                 name=port.name,
-                open=counters.frontend is not None and self._console.takes_input(port),
+                open=connected and self._console.takes_input(port),
                 readers=len(port.watchers),
                 output=port.output.head,
                 input=port.input.tail,
@@ -356,7 +359,7 @@ class Guest:
                 stalls=port.stalls,
                 columns=port.size[0],
                 rows=port.size[1],
-                state=self._console.control.state(port.id).value,
+                state=self._console.control.state(port.id).value if connected else "absent",
                 host_open=port.host_open,
                 held=port.holding,
                 size_by=port.size_by,

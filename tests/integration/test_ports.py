@@ -299,6 +299,25 @@ def test_control_messages_for_ports_there_are_not_are_counted(
         daemon.until(lambda guests: guests[0]["ignored"] == 3, "never counted")
 
 
+def test_a_guest_that_finds_another_worker_goes_on_typing(
+    pipes: Callable[..., Daemon], folder: Path
+) -> None:
+    """Its driver knows of no change and says nothing of its ports again."""
+    daemon = pipes()
+    with ready(daemon) as console:
+        worker = daemon.workers()[0]
+        os.kill(worker, signal.SIGKILL)
+        daemon.until(lambda guests: guests[0]["worker"] not in (None, worker), "no successor")
+        console.frontend.reconnect()
+        wait_for(daemon, 0, open=True, state="ready")
+        with client(daemon.data[0]) as peer, client(path(folder, 1)) as pipe:
+            peer.sendall(b"typed")
+            assert console.read(5) == b"typed"
+            console.wait_control(Event.PORT_OPEN, port=1, value=1)
+            console.ports[1].write(b"out")
+            assert exactly(pipe, 3) == b"out"
+
+
 # Frontends with more or fewer queues
 
 

@@ -131,6 +131,21 @@ class Control:
         for port_id, event, message in waiting:
             self._waiting[port_id, event] = message
 
+    def presume(self) -> None:
+        """Go on with a guest that talked to somebody else, nobody knows what about.
+
+        One that was told of its ports has added them, and has a console open; it would say so no
+        more. Does nothing once the guest has said something here.
+        """
+        if self._talking:
+            return
+        self._talking = True
+        for port in self._ports.values():
+            if port.id < self.promised:
+                self._states[port.id] = State.READY
+                port.opened = port.console
+                self.settle(port)
+
     def settle(self, port: Port) -> None:
         """Tell a guest that was restored what may be different here."""
         if self.state(port.id) is State.ABSENT:

@@ -321,6 +321,22 @@ def test_states_of_another_device_are_gone_on_with(ports: Ports) -> None:
     assert events(take(control)) == [(2, Event.PORT_ADD, 0)]
 
 
+def test_a_guest_that_talked_to_somebody_else_has_its_ports_and_its_console_open(
+    ports: Ports,
+) -> None:
+    made = ports(True, False)
+    control = promising(dict(enumerate(made)))
+    control.presume()
+    assert [control.state(at) for at in (0, 1)] == [State.READY, State.READY]
+    assert [port.opened for port in made] == [True, False]
+
+
+def test_nothing_is_presumed_of_a_guest_that_has_spoken(control: Control, port: Port) -> None:
+    bring(control, State.FAILED)
+    control.presume()
+    assert (control.state(0), port.opened) == (State.FAILED, False)
+
+
 # This side opens and closes
 
 
