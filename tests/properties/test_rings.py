@@ -1,0 +1,449 @@
+"""Both ring formats in every mode, under a driver and a server that do at random what they may.
+
+The model is one list of every buffer ever offered, and how many of them were published, popped,
+pushed, used and reaped: each is a first part of the one before. All bytes of all buffers, and those
+between them, are compared after each step, and every page that changed is looked up in the dirty
+log while there is one. `budget` says how to have more examples than these few.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import NamedTuple
+
+import pytest
+from arena import PAGE, Arena
+from budget import run
+from hypothesis import note
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from vhost_device_console.testing import Buffer, Chain, SplitDriver, make_driver
+from vhost_device_console.testing.packed import FRESH
+from vhost_device_console.testing.split import DESC_F_INDIRECT, DESC_F_WRITE
+from vhost_device_console.worker.virtqueue import chain as device
+from vhost_device_console.worker.virtqueue.features import (
+    EVENT_IDX,
+    IN_ORDER,
+    INDIRECT_DESC,
+    RING_PACKED,
+)
+from vhost_device_console.worker.virtqueue.log import DirtyLog
+from vhost_device_console.worker.virtqueue.memory import GuestMemory, map_region
+from vhost_device_console.worker.virtqueue.ring import Ring, place
+
+MOST = 1 << 15
+BITS = [[bit for bit in range(8) if byte >> bit & 1] for byte in range(256)]
+SPLIT_SIZES = [1, 2, 4, 8, 16, 64, 256]
+PACKED_SIZES = [1, 2, 3, 4, 5, 7, 8, 13, 64, 255]
+LAP = st.integers(0, 1)
+PIECES = [1, 0, 2, 15, 16, 100, PAGE - 1, PAGE, 5000]
+SEED = st.integers(0, 1 << 16)
+SHOW = ["notify", "publish", "hide"]
+
+
+class Offered(NamedTuple):
+    """A buffer: what the driver wrote to it or, once it was pushed, the device."""
+
+    chain: Chain
+    size: int
+    data: bytearray
+
+
+class Rings(RuleBasedStateMachine):
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features = features
+        self.event_idx = bool(features & EVENT_IDX)
+        self.packed = bool(features & RING_PACKED)
+        self.guest = Arena()
+        self.memory = GuestMemory(
+            [map_region(fd, *region) for region, fd in self.guest.regions()],
+        )
+        self.log: DirtyLog | None = None
+        self.log_fd: int | None = None
+        self.log_own = False
+
+    @initialize(data=st.data(), writable=st.booleans())
+    def begin(self, data: st.DataObject, writable: bool) -> None:
+        self.writable = writable
+        size = data.draw(st.sampled_from(PACKED_SIZES if self.packed else SPLIT_SIZES))
+        if self.packed:
+            places = st.builds(lambda at, lap: at | lap << 15, st.integers(0, size - 1), LAP)
+            start = data.draw(st.just(FRESH) | places)
+        else:
+            start = data.draw(st.just(0) | st.integers(0xFFF0, 0xFFFF))
+        self.driver = make_driver(self.guest, size, self.features, start=start)
+        self.guest.scatter()
+        self.forget()
+        self.serve_at(self.driver.base)
+
+    def forget(self) -> None:
+        """Begin as a ring that is new."""
+        self.offered: list[Offered] = []
+        self.published = self.popped = self.pushed = self.used = self.reaped = 0
+        self.notified = 0
+        self.ends = [0]  # how many descriptors, or in a split ring buffers, there were before each
+        # The kick that the device has asked for: any, none, or the one for this entry.
+        self.kick_at: int | bool = 0 if self.event_idx and not self.packed else True
+        # The call that the driver has asked for, likewise.
+        self.call_at: int | bool = 0 if self.event_idx else True
+        self.driver_sleeps = False
+
+    def serve_at(self, base: int) -> None:
+        user = self.guest.user_addr
+        with self.writes():
+            self.queue: Ring = place(
+                self.memory,
+                self.driver.size,
+                user(self.driver.desc_addr),
+                user(self.driver.avail_addr),
+                user(self.driver.used_addr),
+                features=self.features,
+                base=base,
+                writable=self.writable,
+                most_bytes=MOST,
+            )
+            self.set_log()
+        self.taken: dict[int, device.Chain] = {}
+        self.popped = self.pushed = self.used
+        self.device_sleeps = False
+        self.owed: set[int] = set()
+
+    def teardown(self) -> None:
+        self.guest.close()
+        vars(self).pop("queue", None)  # a failure's traceback keeps the machine, not its memory
+        vars(self).pop("taken", None)
+        del self.memory
+        if self.log_fd is not None:
+            os.close(self.log_fd)
+
+    # The driver
+
+    @rule(count=st.integers(1, 6), pieces=st.integers(1, 5), seed=SEED, then=st.sampled_from(SHOW))
+    def offer(self, count: int, pieces: int, seed: int, then: str) -> None:
+        """Offer some buffers of about so many pieces, then show them, or kick as well."""
+        rng = random.Random(seed)
+        for _ in range(count):
+            ways = ["direct", "indirect", "mixed"] if self.features & INDIRECT_DESC else ["direct"]
+            sizes = [rng.choice(PIECES) for _ in range(rng.randint(1, pieces) if seed else pieces)]
+            self.offer_one(sizes, rng.choice(ways), rng)
+        if then != "hide":
+            self.driver.publish()
+            self.published = len(self.offered)
+        if then == "notify":
+            self.kick()
+
+    def offer_one(self, sizes: list[int], way: str, rng: random.Random) -> None:
+        if not self.driver.free:
+            return
+        direct = {"direct": len(sizes), "indirect": 0, "mixed": min(2, len(sizes) - 1)}[way]
+        direct = min(direct, self.driver.free - (way != "direct"))
+        if way == "direct":
+            sizes = sizes[:direct]
+        data = b"" if self.writable else rng.randbytes(sum(sizes))
+        buffers: list[Buffer] = []
+        try:
+            for before, size in zip(accumulate(sizes, initial=0), sizes, strict=False):
+                buffers.append(Buffer(self.guest.alloc(max(size, 1)), size, self.writable))
+                self.guest.write(buffers[-1].addr, data[before : before + size])
+            chain = self.add(buffers, direct, way, rng)
+        except MemoryError:
+            for buffer in buffers:
+                self.guest.free(buffer.addr)
+            return
+        note(f"buffer {len(self.offered)}: {way}, pieces of {sizes}, head {chain.head}")
+        chain.owned += tuple(buffer.addr for buffer in buffers)
+        self.offered.append(Offered(chain, sum(sizes), bytearray(data)))
+        self.ends.append(self.ends[-1] + (len(chain.descriptors) if self.packed else 1))
+
+    def add(self, buffers: list[Buffer], direct: int, way: str, rng: random.Random) -> Chain:
+        driver = self.driver
+        if not isinstance(driver, SplitDriver):
+            return driver.add_buffers(buffers, indirect=way != "direct")
+        # Only a split ring's descriptors can be any, and the last one of several indirect (2.7.5).
+        table = []
+        if way != "direct":
+            table = [Buffer(self.table(buffers[direct:], rng), 16 * len(buffers[direct:]), False)]
+        needed = direct + len(table)
+        if self.features & IN_ORDER:  # 2.7.5: descriptors in ring order
+            chain = driver.add_buffers([*buffers[:direct], *table])
+        else:
+            taken = {at for each in driver.pending.values() for at in each.descriptors}
+            free = rng.sample(sorted(set(range(driver.size)) - taken), needed)
+            chain = driver.add_buffers([*buffers[:direct], *table], descriptors=free)
+        if table:
+            addr, size, _ = table[0]
+            flags = DESC_F_INDIRECT | rng.choice([0, DESC_F_WRITE])  # ignored here (2.7.5.3.2)
+            driver.write_desc(chain.descriptors[-1], addr, size, flags)
+            chain.buffers = tuple(buffers)
+            chain.owned += (addr,)
+        return chain
+
+    def table(self, buffers: list[Buffer], rng: random.Random) -> int:
+        """Write a table whose chain begins at its first entry and goes on anywhere."""
+        places = [0, *rng.sample(range(1, len(buffers)), len(buffers) - 1)]
+        entries = [b""] * len(buffers)
+        for buffer, at, following in zip(buffers, places, [*places[1:], None], strict=True):
+            flags = self.writable * DESC_F_WRITE | (following is not None)
+            entries[at] = b"".join(
+                number.to_bytes(count, "little")
+                for number, count in (
+                    (buffer.addr, 8),
+                    (buffer.size, 4),
+                    (flags, 2),
+                    (following or 0, 2),
+                )
+            )
+        addr = self.guest.alloc(16 * len(buffers))
+        self.guest.write(addr, b"".join(entries))
+        return addr
+
+    @rule()
+    def kick(self) -> None:
+        """Kick if that is wanted for what was published."""
+        kicked = self.driver.kick_needed()
+        old, new = self.ends[self.notified], self.ends[self.published]
+        self.check_notified(kicked, self.kick_at, old, new)
+        assert kicked or not (self.device_sleeps and self.popped < self.published), "a lost kick"
+        self.notified = self.published
+        if kicked:
+            self.device_sleeps = False
+
+    def check_notified(self, done: bool, at: int | bool, old: int, new: int) -> None:
+        """Fail unless moving from `old` to `new` notified as was asked."""
+        if isinstance(at, bool):
+            assert done == (at and old != new)
+        elif old <= at < new:
+            assert done
+        else:
+            # An index that has come round is the same again; that is one notification too many.
+            assert not done or new - at > (self.driver.size if self.packed else 0xFFFF)
+
+    @rule(then=st.sampled_from(["go on", "sleep", "refuse calls"]))
+    def take(self, then: str) -> None:
+        """Take what was used, which must be what the model says."""
+        done = self.driver.reap()
+        assert len(done) == self.used - self.reaped
+        for used, offered in zip(done, self.offered[self.reaped : self.used], strict=True):
+            assert used.chain is offered.chain
+            written = bytes(offered.data) if self.writable else b""
+            assert (used.length, used.data) == (len(written), written)
+        self.reaped = self.used
+        if done and self.event_idx and self.call_at is not False:
+            self.call_at = self.ends[self.reaped]
+        if then == "sleep":
+            assert not self.driver.enable_calls()
+            self.call_at = self.ends[self.reaped] if self.event_idx else True
+            self.driver_sleeps = True
+        elif then == "refuse calls":
+            self.driver.disable_calls()
+            self.call_at = False
+            self.driver_sleeps = False
+
+    @rule()
+    def ask_early(self) -> None:
+        """Ask for calls without having taken what is there: then there may be none for that."""
+        more = self.driver.enable_calls()
+        assert more == (self.reaped < self.used)
+        self.call_at = self.ends[self.reaped] if self.event_idx else True
+        self.driver_sleeps = not more
+
+    # The device
+
+    @contextmanager
+    def writes(self) -> Iterator[None]:
+        """Note which pages of the ring the device changes, all marked once `marked` is called."""
+        before = self.guest.pages() if self.log_own else {}
+        yield
+        if before:
+            after = self.guest.pages()
+            self.owed |= {page for page in after if after[page] != before[page]}
+
+    def marked(self, pages: set[int]) -> None:
+        """Fail unless the log, if any, has these pages."""
+        if self.log:
+            missing = pages - self.dirty()
+            assert not missing, f"pages {sorted(map(hex, missing))} are not marked"
+            pages.clear()
+
+    def dirty(self) -> set[int]:
+        assert self.log_fd is not None
+        bits = os.pread(self.log_fd, PAGE, self.log_at)
+        return {8 * at + bit for at, byte in enumerate(bits) if byte for bit in BITS[byte]}
+
+    @rule(
+        count=st.integers(1, 20),
+        back=st.booleans(),
+        keep=st.integers(0, 2),
+        share=st.sampled_from([100, 99, 50, 1, 0]),
+        then=st.sampled_from(["publish", "publish", "hide"]),
+    )
+    def serve(self, count: int, back: bool, keep: int, share: int, then: str) -> None:
+        """Pop up to `count` buffers, put one `back`, complete all but `keep` popped ones.
+
+        Each is filled to that `share` of its room.
+        """
+        before = self.popped
+        while self.popped < before + count and self.pop():
+            pass
+        if back and self.popped > before:
+            self.queue.unpop()
+            self.popped -= 1
+            del self.taken[self.popped]
+        for at in range(self.pushed, max(self.pushed, self.popped - keep)):
+            self.push(at, share)
+        if then == "publish":
+            self.publish_used()
+
+    def pop(self) -> bool:
+        chain = self.queue.pop()
+        assert (chain is None) == (self.popped == self.published)
+        if chain is None:
+            return False
+        self.compare(chain)
+        self.taken[self.popped] = chain
+        self.popped += 1
+        self.device_sleeps = False
+        return True
+
+    def compare(self, chain: device.Chain) -> None:
+        offered = self.offered[self.popped]
+        assert chain.size == offered.size == sum(map(len, chain.spans))
+        if not self.writable:
+            assert b"".join(chain.spans) == offered.data
+
+    def push(self, at: int, share: int) -> None:
+        chain, offered = self.taken.pop(at), self.offered[at]
+        pages: set[int] = set()
+        if self.writable:
+            pages = self.fill(
+                chain, offered, random.Random(at).randbytes(offered.size * share // 100)
+            )
+        with self.writes():
+            self.queue.push(chain.head, len(offered.data) if self.writable else 0)
+        self.pushed += 1
+        self.marked(pages)
+
+    def fill(self, chain: device.Chain, offered: Offered, data: bytes) -> set[int]:
+        """Write `data` where `chain` says, and return the pages where it should then be."""
+        pages: set[int] = set()
+        rest = data
+        for span in chain.spans:
+            span[: len(rest)] = rest[: len(span)]
+            rest = rest[len(span) :]
+        offered.data[:] = data
+        for buffer in offered.chain.buffers:
+            self.guest.expect(buffer.addr, data[: buffer.size])
+            pages |= {(buffer.addr + at) // PAGE for at in range(len(data[: buffer.size]))}
+            data = data[buffer.size :]
+        return pages
+
+    def publish_used(self) -> None:
+        """Let the driver see what was pushed, and call it if it wants that."""
+        with self.writes():
+            called = self.queue.publish()
+        old, new = self.ends[self.used], self.ends[self.pushed]
+        self.check_notified(called, self.call_at, old, new)
+        self.used = self.pushed
+        if called:
+            self.driver_sleeps = False
+        self.marked(self.owed)
+
+    @rule()
+    def want_kicks(self) -> None:
+        with self.writes():
+            more = self.queue.want_kicks()
+        assert more == (self.popped < self.published)
+        self.kick_at = self.ends[self.popped] if self.event_idx else True
+        self.device_sleeps = not more
+        self.marked(self.owed)
+
+    @rule()
+    def refuse_kicks(self) -> None:
+        with self.writes():
+            self.queue.refuse_kicks()
+        if self.packed or not self.event_idx:
+            self.kick_at = False
+        self.device_sleeps = False
+        self.marked(self.owed)
+
+    # The session
+
+    @rule()
+    def restart(self) -> None:
+        """Stop the ring and start it where it was: what was not used is popped again."""
+        index = self.queue.index
+        self.serve_at(index)
+        assert self.queue.index == index
+        self.refuse_kicks()
+
+    @rule(zero=st.booleans())
+    def reset(self, zero: bool) -> None:
+        """Let the driver begin anew, and say so in this format's terms or, as Linux can, by 0."""
+        self.driver.reset()
+        self.forget()
+        self.serve_at(0 if zero else self.driver.base)
+        assert self.queue.fresh
+        self.refuse_kicks()
+
+    @precondition(lambda self: self.popped == self.pushed)
+    @rule(what=st.sampled_from(["everything", "buffers", "nothing"]), offset=st.integers(0, 1))
+    def log_to(self, what: str, offset: int) -> None:
+        """Log into a new file from now on; the ring's own words only if they have an address."""
+        self.log, self.log_own = None, what == "everything"
+        self.owed.clear()
+        if self.log_fd is not None:
+            os.close(self.log_fd)
+            self.log_fd = None
+        if what != "nothing":
+            self.log_fd, self.log_at = os.memfd_create("log"), offset * PAGE
+            os.truncate(self.log_fd, self.log_at + PAGE)
+            self.log = DirtyLog(self.log_fd, PAGE, self.log_at, self.memory.end)
+        self.set_log()
+
+    def set_log(self) -> None:
+        self.queue.log(self.log, self.driver.used_addr if self.log_own else None)
+
+    @precondition(lambda self: self.log)
+    @rule()
+    def sweep(self) -> None:
+        """Copy the dirty pages, as a frontend does in each round of a migration."""
+        assert self.log_fd is not None
+        os.pwrite(self.log_fd, bytes(PAGE), self.log_at)
+
+    # What always holds
+
+    @invariant()
+    def every_byte_is_where_it_should_be(self) -> None:
+        self.guest.check()
+
+    @invariant()
+    def buffers_in_flight_are_counted(self) -> None:
+        flight = self.offered[self.reaped :]
+        assert [*self.driver.pending.values()] == [offered.chain for offered in flight]
+        taken = sum(len(offered.chain.descriptors) for offered in flight)
+        assert self.driver.free == self.driver.size - taken
+
+    @invariant()
+    def both_sides_agree_where_the_ring_is(self) -> None:
+        assert self.queue.index == self.driver.base
+        assert self.queue.ready() == (self.popped < self.published)
+        assert self.driver.has_used() == (self.reaped < self.used)
+
+    @invariant()
+    def nobody_sleeps_while_there_is_something(self) -> None:
+        assert not (self.driver_sleeps and self.driver.has_used())
+
+
+@pytest.mark.parametrize("in_order", [0, IN_ORDER], ids=["any order", "in order"])
+@pytest.mark.parametrize("event_idx", [0, EVENT_IDX], ids=["flags", "event index"])
+@pytest.mark.parametrize("indirect", [0, INDIRECT_DESC], ids=["direct", "indirect"])
+@pytest.mark.parametrize("packed", [0, RING_PACKED], ids=["split", "packed"])
+def test_every_byte_and_notification_is_accounted_for(
+    packed: int, indirect: int, event_idx: int, in_order: int
+) -> None:
+    run(Rings, packed | indirect | event_idx | in_order, examples=20, steps=40)
