@@ -94,8 +94,15 @@ class PackedQueue(ChainReader):
 
     @property
     def fresh(self) -> bool:
-        """Whether the ring is where a new one begins, which it also is every so many laps."""
-        return self._used == 0 and self._used_lap == _LAP
+        """Whether the ring is new: nothing was used yet.
+
+        It is at this place again every two laps, but then its last entry shows it: nothing zeroes
+        an entry of a running ring. Only a ring that is full by then looks like one just filled.
+        """
+        if self._used or not self._used_lap:
+            return False
+        addr, word = self._desc[2 * self.size - 2], self._desc[2 * self.size - 1]
+        return not (addr or word) or word >> 48 & _LAP == _AVAIL
 
     def ready(self) -> bool:
         """Say whether `pop` has something to look at."""

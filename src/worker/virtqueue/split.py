@@ -73,7 +73,7 @@ class SplitQueue(ChainReader):
 
     @property
     def fresh(self) -> bool:
-        """Whether the ring is where a new one begins, which it also is every so many laps."""
+        """Whether the ring is new; after 65536 buffers it looks so again, for one of them."""
         return self._published == 0
 
     def ready(self) -> bool:

@@ -344,12 +344,20 @@ def test_a_base_past_the_ring_is_refused(ring: MakeSides, base: int) -> None:
         r.serve(base)
 
 
-def test_a_ring_is_fresh_until_something_was_used(ring: MakeSides) -> None:
+@pytest.mark.parametrize("full", [False, True])
+def test_a_ring_is_fresh_until_something_was_used(ring: MakeSides, full: bool) -> None:
     r = ring(0)
-    r.give(b"a")
     assert r.queue.fresh
-    r.done()
-    assert not r.queue.fresh
+    r.give(*[b"a"] * (SIZE if full else 1))
+    assert r.queue.fresh
+    for _ in range(4 * SIZE):
+        r.done()
+        assert not r.queue.fresh
+        r.driver.reap()
+        if r.driver.free == SIZE:
+            r.queue = r.serve(r.queue.index)
+            assert not r.queue.fresh
+            r.give(b"a")
 
 
 @pytest.mark.parametrize("pieces", [1, 3])
