@@ -361,12 +361,13 @@ def with_port(guest: Guest, table: PortTable) -> tuple[Guest, Port]:
 def without_port(guest: Guest, port_id: int) -> Guest:
     """Return a running `guest` without the port `port_id`, which it has.
 
-    Raises ConfigError for port 0: its queues are there whatever the driver knows (VIRTIO 1.2,
-    section 5.3.2: "The port 0 receive and transmit queues always exist").
+    Raises ConfigError for port 0, whose queues are there whatever the driver knows (VIRTIO 1.2,
+    section 5.3.2: "The port 0 receive and transmit queues always exist"), and for the terminal's,
+    with which the guest ends.
     """
-    if port_id == 0:
-        raise ConfigError("port 0 stays as long as its guest")
     ports = tuple(port for port in guest.ports if port.id != port_id)
+    if port_id == 0 or any(isinstance(port.backend, Nested) for port in {*guest.ports} - {*ports}):
+        raise ConfigError(f"port {port_id} stays as long as its guest")
     return msgspec.structs.replace(guest, ports=ports)
 
 

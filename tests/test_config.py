@@ -390,6 +390,13 @@ def test_a_removed_port_s_id_and_name_are_free_again() -> None:
     assert with_port(after, table("name=a,backend=pty"))[1].id == 1
 
 
+def test_the_terminal_s_port_cannot_be_removed() -> None:
+    texts = ["id=0,name=a,backend=pty", "id=5,name=b,console,backend=nested"]
+    (guest,) = options(backend=None, ports=texts).guests
+    with pytest.raises(ConfigError, match="port 5 stays as long as its guest"):
+        without_port(guest, 5)
+
+
 def test_port_0_cannot_be_removed() -> None:
     with pytest.raises(ConfigError, match="port 0 stays as long as its guest"):
         without_port(guest(), 0)

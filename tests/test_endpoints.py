@@ -5,19 +5,20 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import resource
 import select
 import socket
 import stat
 import termios
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from vhost_device_console import endpoints
 from vhost_device_console.config import Backend, Guest, Nested, Network, Port, Pty, Unix
-from vhost_device_console.endpoints import Endpoints
+from vhost_device_console.endpoints import Endpoint, Endpoints
 from vhost_device_console.errors import ConfigError
 
 from launch import Ports
@@ -287,6 +288,27 @@ def test_a_tcp_listener_is_on_the_loopback_alone(folder: Path, ports: Ports) -> 
             socket.create_connection(("127.0.0.2", port)).close()
 
 
+def _has_ipv6() -> bool:
+    with suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return True
+    return False
+
+
+@pytest.mark.skipif(not _has_ipv6(), reason="no IPv6 here")
+def test_a_port_may_be_an_ipv6_address_s(folder: Path, ports: Ports) -> None:
+    port = ports()
+    with closing(Endpoints(guest(folder / "s", Network("::1", port)))) as made:
+        assert made.ports[0].name == f"[::1]:{port}"
+        with socket.create_connection(("::1", port)):
+            pass
+
+
+def test_an_address_of_another_machine_is_refused(folder: Path) -> None:
+    with refused("cannot use TCP port 192.0.2.1:5: cannot assign requested address"):
+        Endpoints(guest(folder / "s", Network("192.0.2.1", 5)))
+
+
 def test_a_port_in_use_is_refused(folder: Path, ports: Ports) -> None:
     port = ports()
     with socket.socket() as live:
@@ -450,3 +472,37 @@ def test_another_kind_of_socket_is_refused(family: int, kind: int) -> None:
 def test_a_socket_that_is_neither_listening_nor_connected_is_refused() -> None:
     with socket.socket(socket.AF_UNIX) as made, refused("neither listening nor connected"):
         Endpoints(guest(None, fd=made.fileno()))
+
+
+# One port's, while the guest runs
+
+
+def test_one_port_s_endpoint_is_there_until_it_is_closed(folder: Path) -> None:
+    path = folder / "d"
+    made = Endpoint(Port(id=5, name="p", backend=Unix(str(path))))
+    assert made.name == str(path)
+    connect(path).close()
+    made.close()
+    made.close()
+    assert not path.exists()
+
+
+def test_one_port_s_endpoint_that_cannot_be_had_leaves_nothing(folder: Path) -> None:
+    with refused("folder .* does not exist"):
+        Endpoint(Port(id=5, name="p", backend=Unix(str(folder / "no" / "d"))))
+
+
+@pytest.mark.parametrize("backend", [Network("127.0.0.1", 5), Unix("d"), Pty(None)])
+def test_without_descriptors_an_endpoint_is_one_clear_line(
+    backend: Backend, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        with pytest.raises(ConfigError, match="too many open files"):
+            Endpoint(Port(id=5, name="p", backend=backend))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
