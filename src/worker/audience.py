@@ -37,6 +37,8 @@ class _Seat:
         self.polled = True  # for input; not after it hung up while paused
         self.blocked = False  # its output has no room
         self.notice = b""  # of a gap, due before the bytes after it
+        self.noticed = 0  # bytes of the last one that were written, and bytes after it
+        self.since = 0
         self.took = False  # something since the grace timer looked
 
 
@@ -251,14 +253,18 @@ class Audience:
                 seat.client.name,
                 lost,
             )
+            seat.noticed = seat.since = 0
         if seat.notice:
-            seat.notice = seat.notice[seat.client.write(seat.notice) :]
+            count = seat.client.write(seat.notice)
+            seat.noticed += count
+            seat.notice = seat.notice[count:]
             if seat.notice:
                 return self._block(seat, 0)
         took = 0
         while took < _MOST_PER_ROUND and (span := watcher.span()):
             count = seat.client.write(span)
             self._port.took(watcher, count)
+            seat.since += count
             took += count
             if count < len(span):
                 return self._block(seat, took)
@@ -273,7 +279,10 @@ class Audience:
         if seat.watcher is None:
             return
         self._poller.forget(seat.client.writes)
-        self._port.detach(seat.watcher, seat.client.end_output())
+        undelivered = seat.client.end_output()
+        # A notice of ours among them is none of the guest's bytes.
+        undelivered -= min(seat.noticed, max(0, undelivered - seat.since))
+        self._port.detach(seat.watcher, undelivered)
         seat.watcher = None
         if not seat.typing:
             self._leave(seat)

@@ -718,6 +718,23 @@ def test_a_stuck_reader_leaves_and_the_buffer_is_taken(hall: Hall) -> None:
     assert hall.port.take_output(queue, 1) == 1
 
 
+@pytest.mark.parametrize(("lost", "left"), [(10, 10), (SIZE, SIZE), (SIZE + 20, SIZE), (0, 0)])
+def test_a_notice_that_did_not_arrive_is_none_of_the_guest_s_bytes(
+    hall: Hall, lost: int, left: int
+) -> None:
+    """Of what did not arrive the last SIZE bytes are the guest's, before them is a notice."""
+    client, user = hall.connect(Odd)
+    hall.audience.freeze()
+    hall.write(bytes(2 * SIZE))
+    hall.audience.thaw()
+    assert len(hall.read(user)) > SIZE
+    assert isinstance(client, Odd)
+    client.lost = lost
+    client.error = ConnectionResetError()
+    hall.write(b"x")
+    assert hall.port.output.head - hall.port.output.seen == left + 1
+
+
 # Sizes
 
 

@@ -27,7 +27,7 @@ class Chain(Protocol):
 
 
 class Queue(Protocol):
-    """A virtqueue, whatever its format; see `virtqueue.split`."""
+    """A virtqueue, whatever its format; see `virtqueue.ring`."""
 
     def pop(self) -> Chain | None:
         """Return the guest's next buffer, None when there is none; may raise GuestError."""
