@@ -11,7 +11,7 @@ from ..console import ConsoleDriver, Control, Event
 from ..features import Feature
 from ..frontend import Frontend
 from ..queue import Queue
-from .bench import CONTROL_RX, CONTROL_TX, RX, TX, Bench, marker
+from .bench import CONTROL_RX, CONTROL_TX, RX, SIZE, TX, Bench, marker
 from .rings import write
 from .statement import BrokenError, Level, NotApplicableError, expect, statement
 
@@ -93,12 +93,16 @@ def emergency_output(bench: Bench) -> None:
 
 
 class Dialogue:
-    """The control queues of a fresh guest, spoken by hand; `heard` is what the device said."""
+    """The control queues of a fresh guest, spoken by hand; `heard` is what the device said.
 
-    def __init__(self, bench: Bench, *, buffers: int = 60) -> None:
+    It may say something in each of so many buffers; what it has used it gets again, with `again`.
+    """
+
+    def __init__(self, bench: Bench, *, buffers: int = 60, again: bool = True) -> None:
         self.bench = bench
         self.frontend: Frontend = bench.start()
         self.heard: list[Control] = []
+        self._again = again
         self.offer(buffers)
 
     def offer(self, count: int) -> None:
@@ -114,8 +118,10 @@ class Dialogue:
 
     def listen(self) -> None:
         """Take what the device has said so far."""
-        for used in self.frontend.queues[CONTROL_RX].driver.reap():
-            self.heard.append(Control.decode(used.data))
+        taken = self.frontend.queues[CONTROL_RX].driver.reap()
+        self.heard += [Control.decode(used.data) for used in taken]
+        if taken and self._again:
+            self.offer(len(taken))
 
     def hear(self, event: int, port: int = 0) -> Control:
         """Wait until the device has said that, now or earlier, and return the first."""
@@ -293,7 +299,7 @@ def one_buffer(bench: Bench) -> None:
     """What the device has to say waits for buffers, given one at a time, and none of it is lost."""
     whole = Dialogue(bench)
     whole.introduce()
-    slow = Dialogue(bench, buffers=0)
+    slow = Dialogue(bench, buffers=0, again=False)
     slow.say(Event.DEVICE_READY)
     for number, said in enumerate(whole.heard):
         if said.event != Event.PORT_ADD:
@@ -318,6 +324,18 @@ def _wait_heard(bench: Bench, dialogue: Dialogue, count: int) -> None:
         return len(dialogue.heard) >= count
 
     bench.until(enough, f"the device's message {count}")
+
+
+@statement("control.many-buffers", MUST, _MULTIPORT, F.MULTIPORT)
+def many_buffers(bench: Bench) -> None:
+    """Of the buffers that were offered together the device uses one after the other."""
+    dialogue = Dialogue(bench, again=False)
+    dialogue.introduce()
+    count = len(dialogue.heard)
+    dialogue.say(Event.PORT_READY)
+    dialogue.say(Event.DEVICE_READY)
+    dialogue.settle()
+    expect(len(dialogue.heard) > count, f"nothing after {count} messages", "more in the next ones")
 
 
 @statement("control.open-and-close", MUST, _MULTIPORT, F.MULTIPORT)
@@ -511,7 +529,7 @@ def output_packed(bench: Bench) -> None:
 
 
 def _input(bench: Bench, data: bytes, *, pieces: int, buffer_size: int = 4096) -> ConsoleDriver:
-    console = bench.console(buffer_size=buffer_size)
+    console = bench.console(buffers=SIZE, buffer_size=buffer_size)
     client = bench.meet(console)
     begin = marker()
     client.send(begin)
@@ -582,7 +600,7 @@ def input_one_by_one(bench: Bench) -> None:
 @statement("input.closed", SHOULD, _MULTIPORT, F.MULTIPORT, client=True)
 def input_closed(bench: Bench) -> None:
     """Input waits while no program in the guest has the port open, where Linux would drop it."""
-    console = bench.console()
+    console = bench.console(buffers=SIZE)
     client = bench.meet(console)
     begin = marker()
     client.send(begin)
@@ -602,7 +620,7 @@ def input_closed(bench: Bench) -> None:
 @statement("input.stopped", MUST, "vhost-user Suspended device", client=True)
 def input_stopped(bench: Bench) -> None:
     """Input writes to no guest memory while all rings are stopped, and is there afterwards."""
-    console = bench.console()
+    console = bench.console(buffers=SIZE)
     client = bench.meet(console)
     frontend = console.frontend
     bases = {index: frontend.get_vring_base(index) for index in frontend.queues}

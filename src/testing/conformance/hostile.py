@@ -636,14 +636,3 @@ def table_loop(bench: Bench) -> None:
     """A loop in a table is given up, and so is a next one past its end."""
     _indirect(bench, 32, 0, (0, 1, DESC_F_NEXT, 1), (0, 1, DESC_F_NEXT, 0))
     _indirect(bench, 32, 0, (0, 1, DESC_F_NEXT, 2))
-
-
-@on_rings("bad-length", SHOULD, "2.7.5.2", "2.8.13", hostile=True)
-def bad_length(bench: Bench) -> None:
-    """A chain of more than 2^32 bytes, all of them the same memory, does no harm."""
-    frontend = bench.start(queues=2)
-    queue = frontend.queues[TX]
-    size = 31 << 20
-    chain = [(0x4000_0000, size, DESC_F_NEXT, at + 1) for at in range(SIZE - 1)]
-    _offer(queue, *chain, (0x4000_0000, size, 0, 0))
-    _lives(frontend, queue)

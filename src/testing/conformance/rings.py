@@ -6,6 +6,7 @@ from ...worker.vhost_user.message import ProtocolFeature, Region
 from ..console import Event
 from ..driver import Buffer
 from ..features import Feature
+from ..frontend import Frontend
 from ..memory import GuestMemory
 from ..queue import Queue
 from .bench import CONTROL_RX, CONTROL_TX, SIZE, TX, Bench, marker
@@ -47,14 +48,22 @@ def kick_starts(bench: Bench) -> None:
     bench.used(queue)
 
 
-@statement("ring.enabled-at-once", MUST, _STATES)
+def answers(bench: Bench, frontend: Frontend) -> None:
+    """Ask the device for its ports, which only enabled rings do, and wait for the answer."""
+    heard = frontend.queues[CONTROL_RX]
+    heard.driver.add(writable=[64])
+    heard.notify()
+    bench.say(frontend, Event.DEVICE_READY)
+    bench.used(heard)
+
+
+@statement("ring.enabled-at-once", MUST, _STATES, F.MULTIPORT)
 def enabled_at_once(bench: Bench) -> None:
     """SET_FEATURES without bit 30 enables all rings: no SET_VRING_ENABLE is needed."""
     frontend = bench.connect()
     frontend.set_owner()
     frontend.set_features(bench.features & ~F.PROTOCOL_FEATURES)
-    bench.start(frontend)
-    write(bench, frontend.queues[TX])
+    answers(bench, bench.start(frontend))
 
 
 @statement("ring.disabled-first", MUST, _STATES, F.PROTOCOL_FEATURES, F.MULTIPORT)
@@ -100,25 +109,26 @@ def disabled_discards(bench: Bench) -> None:
     expect(b"never to be seen" not in got, "the client got it", "nothing")
 
 
-@statement("ring.enabled-before-start", MUST, _STATES, F.PROTOCOL_FEATURES)
+@statement("ring.enabled-before-start", MUST, _STATES, F.PROTOCOL_FEATURES, F.MULTIPORT)
 def enabled_before_start(bench: Bench) -> None:
     """SET_VRING_ENABLE of a ring that is not started takes effect when it starts."""
     frontend = bench.negotiate()
-    memory = bench.memory()
-    frontend.set_memory(memory)
-    frontend.enable(TX)
-    write(bench, frontend.start_queue(TX, bench.ring(memory), enable=False))
+    for index in range(4):
+        frontend.enable(index)
+    answers(bench, bench.start(frontend, enable=False))
 
 
-@statement("ring.enabled-again", MUST, _STATES, F.PROTOCOL_FEATURES)
+@statement("ring.enabled-again", MUST, _STATES, F.PROTOCOL_FEATURES, F.MULTIPORT)
 def enabled_again(bench: Bench) -> None:
     """A ring that was disabled works again once it is enabled."""
     frontend = bench.start()
     for _ in range(3):
-        frontend.disable(TX)
+        for index in (CONTROL_RX, CONTROL_TX):
+            frontend.disable(index)
         frontend.barrier()
-        frontend.enable(TX)
-        write(bench, frontend.queues[TX])
+        for index in (CONTROL_RX, CONTROL_TX):
+            frontend.enable(index)
+        answers(bench, frontend)
 
 
 @statement("ring.stop", MUST, "vhost-user GET_VRING_BASE")
