@@ -160,6 +160,9 @@ class _Guest:
             raise ConsoleError(f"{self.guest.name}: its worker takes no orders") from None
         except ConnectionError:  # it has just died
             raise ConsoleError(down) from None
+        except OSError as error:  # such as too many descriptors on their way (unix(7))
+            reason = (error.strerror or str(error)).lower()
+            raise ConsoleError(f"{self.guest.name}: its worker cannot be told: {reason}") from error
 
     def port(self, which: str) -> Port:
         """Return the port with this name or, else, this id; raises ConsoleError."""

@@ -975,3 +975,26 @@ def test_a_worker_that_takes_no_orders_is_said_and_nothing_changes(start: StartD
         add(served, "name=a,backend=pty")
     assert ids(served) == [0]
     assert held(served) == before
+
+
+def test_an_order_that_the_system_refuses_is_said_and_nothing_changes(start: StartDaemon) -> None:
+    served = start(
+        IDLE.replace(
+            "def run",
+            """
+from vhost_device_console import orders
+def refused(*_):
+    raise OSError(109, "Too many references")
+orders.send = refused
+def run""",
+        ),
+        "pty",
+        1,
+        *ROOM,
+    )
+    served.workers()
+    before = held(served)
+    with pytest.raises(ConsoleError, match="its worker cannot be told: too many references"):
+        add(served, "name=a,backend=pty")
+    assert held(served) == before
+    assert ids(served) == [0]
