@@ -24,7 +24,7 @@ from ..features import Feature
 from ..frontend import Frontend
 from .bench import CONTROL_RX, RX, SIZE, TX, Bench, marker, split_driver
 from .rings import untouched, write
-from .statement import BrokenError, Level, expect, statement
+from .statement import BrokenError, Level, NotApplicableError, expect, statement
 
 MUST, SHOULD = Level.MUST, Level.SHOULD
 F, P = Feature, ProtocolFeature
@@ -65,9 +65,9 @@ def _in_slots(bench: Bench, count: int) -> tuple[Frontend, list[tuple[Region, in
 
 @statement("slots.count", MUST, "vhost-user GET_MAX_MEM_SLOTS", P.CONFIGURE_MEM_SLOTS)
 def slots_count(bench: Bench) -> None:
-    """There are memory slots, at least the 8 that SET_MEM_TABLE has."""
+    """GET_MAX_MEM_SLOTS says how many memory slots there are, at least one."""
     count = bench.negotiate().get_max_mem_slots()
-    expect(count >= 8, f"{count} slots", "8 or more")
+    expect(count >= 1, f"{count} slots", "1 or more")
 
 
 @statement("slots.add", MUST, "vhost-user ADD_MEM_REG", P.CONFIGURE_MEM_SLOTS)
@@ -526,10 +526,12 @@ def state_load_open(bench: Bench) -> None:
     bench.until(arrived, f"{late!r} in the input (so far {bytes(got[-40:])!r})")
 
 
-@statement("state.nonsense", MUST, "vhost-user CHECK_DEVICE_STATE", P.DEVICE_STATE, hostile=True)
+@statement("state.nonsense", SHOULD, "vhost-user CHECK_DEVICE_STATE", P.DEVICE_STATE, hostile=True)
 def state_nonsense(bench: Bench) -> None:
     """A state that is none, or cut short, is refused: CHECK_DEVICE_STATE says another number."""
     state = _stopped(bench).save_state()
+    if not state:
+        raise NotApplicableError("the state is empty")
     for wrong in (b"\xff" * 4096, state[: len(state) // 2]):
         frontend = bench.negotiate()
         frontend.set_memory(bench.memory())

@@ -7,11 +7,19 @@ from typing import Any
 
 from ...worker.vhost_user.message import ProtocolFeature
 from ..console import ConsoleDriver
-from ..conversation import connect_like_qemu, connect_like_uml, stop_like_qemu, stop_like_uml
+from ..conversation import (
+    connect_like_cloud_hypervisor,
+    connect_like_crosvm,
+    connect_like_qemu,
+    connect_like_uml,
+    stop_like_qemu,
+    stop_like_uml,
+)
 from ..features import DRIVER_FEATURES, Feature
 from ..frontend import Frontend
 from ..memory import GuestMemory
 from .bench import Bench
+from .rings import write
 from .statement import Level, expect, statement
 
 SHOULD = Level.SHOULD
@@ -29,11 +37,8 @@ def _guest(
 ) -> None:
     target = bench.connect().socket
     options.setdefault("features", _SPLIT)
-    queues = bench.all_queues(F.MULTIPORT & ~options["features"])
-    with (
-        memory,
-        connect(target, memory, timeout=bench.timeout, queue_count=queues, **options) as frontend,
-    ):
+    options.setdefault("queue_count", bench.all_queues(F.MULTIPORT & ~options["features"]))
+    with memory, connect(target, memory, timeout=bench.timeout, **options) as frontend:
         ConsoleDriver(frontend, buffers=16).write(b"hello\r\n")
         stop(frontend)
 
@@ -95,3 +100,34 @@ def uml_packed(bench: Bench) -> None:
         queue.driver.add([b"\r\n"])
         queue.notify()
         bench.used(queue)
+
+
+@statement("frontend.cloud-hypervisor", SHOULD, "Cloud Hypervisor vu_common_ctrl.rs")
+def cloud_hypervisor(bench: Bench) -> None:
+    """Cloud Hypervisor's generic vhost-user device is served, which has two queues of 256."""
+    memory = GuestMemory.like_qemu(32 << 20)
+    _guest(bench, connect_like_cloud_hypervisor, Frontend.close, memory, queue_count=2)
+
+
+@statement("frontend.crosvm", SHOULD, "crosvm vhost_user_frontend/mod.rs")
+def crosvm(bench: Bench) -> None:
+    """The frontend of crosvm is served, whose rings have 32768 entries."""
+    memory = GuestMemory.like_qemu(256 << 20)
+    _guest(bench, connect_like_crosvm, Frontend.close, memory)
+
+
+@statement("frontend.comes-back", SHOULD, "vhost-user Communication")
+def comes_back(bench: Bench) -> None:
+    """A frontend that connects again goes on with its rings, and what was offered is used once."""
+    frontend = bench.start(queues=2)
+    driver = frontend.queues[1].driver
+    for _ in range(3):
+        write(bench, frontend.queues[1])
+    again = bench.negotiate()
+    again.set_memory(driver.memory)
+    driver.add([b"meanwhile\r\n"])
+    driver.publish()
+    queue = again.start_queue(1, driver, base=driver.base)
+    queue.kick()
+    bench.used(queue)
+    expect(bench.quiet(driver.has_used), "a buffer was used again", "each once")

@@ -251,6 +251,22 @@ def call_full(bench: Bench) -> None:
             write(bench, frontend.queues[TX])
 
 
+@statement("hostile.path-descriptors", SHOULD, _COMMUNICATION, hostile=True)
+def path_descriptors(bench: Bench) -> None:
+    """Descriptors that name a file, and can be neither read nor written, do no harm."""
+    fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    try:
+        for request in (Request.SET_VRING_KICK, Request.SET_VRING_CALL, Request.SET_VRING_ERR):
+            frontend = bench.start(queues=2)
+            with suppress(ConnectionError, DeviceError):
+                frontend.tell(request, VringFd(TX, True).encode(), [fd])
+                frontend.queues[TX].driver.add([b"\r\n"])
+                frontend.queues[TX].notify()
+                frontend.barrier()
+    finally:
+        os.close(fd)
+
+
 @statement("hostile.same-again", SHOULD, _COMMUNICATION, hostile=True)
 def same_again(bench: Bench) -> None:
     """What a message sets may be set thousands of times: nothing of it is kept too long."""
