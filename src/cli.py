@@ -330,7 +330,10 @@ def port() -> None:
 @click.argument("description", metavar="name=...,backend=...[,KEY=VALUE...]")
 @_socket_option
 def port_add(guest: str, description: str, path: str | None) -> None:
-    """Give GUEST another port, described as with --port; addresses are taken as they are."""
+    """Give GUEST another port.
+
+    It is described as with --port, but its addresses are taken as they are.
+    """
     from . import monitor
 
     table = config.parse_port(description, "port add")
@@ -355,7 +358,10 @@ def port_remove(guest: str, which: str, path: str | None) -> None:
 @click.argument("size", metavar="COLUMNSxROWS")
 @_socket_option
 def resize(guest: str, size: str, path: str | None) -> None:
-    """Set the size of a console of GUEST, port 0 by default; 0x0 leaves it to who is attached."""
+    """Set the size of GUEST's console.
+
+    It is port 0's unless another PORT is named, by name or id; 0x0 leaves it to who is attached.
+    """
     from . import monitor
 
     numbers = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", size)
