@@ -277,7 +277,7 @@ def laps(bench: Bench) -> None:
         bench.used(queue)
 
 
-@statement("split.index-wraps", MUST, "VIRTIO 2.7.13.3.2")
+@statement("split.index-wraps", MUST, "VIRTIO 2.7.13.3")
 def index_wraps(bench: Bench) -> None:
     """Indices go on from 65535 to 0."""
     queue = bench.start(size=8, start=65530, queues=2).queues[TX]

@@ -617,7 +617,7 @@ def input_closed(bench: Bench) -> None:
     console.read_until(late)
 
 
-@statement("input.stopped", MUST, "vhost-user Suspended device", client=True)
+@statement("input.stopped", MUST, "vhost-user Suspended device state", client=True)
 def input_stopped(bench: Bench) -> None:
     """Input writes to no guest memory while all rings are stopped, and is there afterwards."""
     console = bench.console(buffers=SIZE)

@@ -164,7 +164,7 @@ def start_again(bench: Bench) -> None:
         bench.used(queue)
 
 
-@statement("ring.suspended", MUST, "vhost-user Suspended device")
+@statement("ring.suspended", MUST, "vhost-user Suspended device state")
 def suspended(bench: Bench) -> None:
     """While all rings are stopped nothing is written to guest memory, and nobody is called."""
     frontend = bench.start()

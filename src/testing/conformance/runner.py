@@ -85,7 +85,8 @@ def run(
                 trouble = f"the console does not work any more: {error}"
             if trouble:
                 outcome, expected = Outcome.FAIL, "the backend to be as before"
-                seen = f"{seen}; then {trouble}" if seen else f"afterwards {trouble}"
+                if seen != trouble:
+                    seen = f"{seen}; then {trouble}" if seen else f"afterwards {trouble}"
             yield Result(statement, outcome, seen, expected, time.monotonic() - start)
             if trouble and restart is not None:
                 restart()
