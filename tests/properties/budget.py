@@ -8,6 +8,8 @@ the test to see it again.
 from __future__ import annotations
 
 import os
+import sys
+import traceback
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
@@ -16,7 +18,18 @@ from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 _ASKED = int(os.environ.get("VDC_EXAMPLES", "0"))
 
 
-def run(machine: type[RuleBasedStateMachine], *arguments: Any, examples: int, steps: int) -> None:
+class Machine(RuleBasedStateMachine):
+    """A machine that gives back what it has even while a failure's traceback is kept."""
+
+    def teardown(self) -> None:
+        traceback.clear_frames(sys.exc_info()[2])
+        self.close()
+
+    def close(self) -> None:
+        """Give everything back; `initialize` may not have been run."""
+
+
+def run(machine: type[Machine], *arguments: Any, examples: int, steps: int) -> None:
     """Run so many examples of `machine(*arguments)`, each of so many steps at most."""
     chosen = settings(
         max_examples=_ASKED or examples,
