@@ -35,13 +35,12 @@ MISTAKES: list[tuple[type[fake.Session], str, set[str]]] = [
 ]
 
 
-def broken(backend: fake.Fake, pattern: str, timeout: float = 1.0) -> set[str]:
+def broken(backend: fake.Fake, pattern: str, timeout: float = 3.0) -> set[str]:
     found = Backend.find(backend.path, None, timeout)
     results = run(found, select([pattern]))
     return {r.statement.id for r in results if r.outcome in (Outcome.FAIL, Outcome.WARN)}
 
 
-@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize(
     ("mistake", "pattern", "expected"),
     MISTAKES,
@@ -55,7 +54,6 @@ def test_one_mistake(
         assert broken(backend, pattern) == expected
 
 
-@pytest.mark.usefixtures("hasty")
 def test_no_mistake(folder: Path) -> None:
     """A backend that is right holds every MUST, whatever else it lacks."""
     with fake.Fake(folder / "s") as backend:
