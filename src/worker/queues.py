@@ -121,6 +121,7 @@ def _notify(fd: int | None) -> None:
     """
     if fd is not None:
         try:
+            os.set_blocking(fd, False)  # the frontend has the same description, and may undo it
             os.write(fd, _ONE)
         except OSError:
             return
@@ -129,11 +130,10 @@ def _notify(fd: int | None) -> None:
 def _dup(fd: int) -> int:
     """Return a descriptor of our own for one that came with a message, never a blocking one."""
     try:
-        kept = os.dup(fd)
+        os.set_blocking(fd, False)
+        return os.dup(fd)
     except OSError as error:
-        raise RefusedError(f"no room for another file descriptor: {error}") from None
-    os.set_blocking(kept, False)
-    return kept
+        raise RefusedError(f"a file descriptor cannot be kept: {error}") from None
 
 
 def _keep(fd: int | None) -> int | None:
@@ -193,7 +193,8 @@ class Queues:
                 worked = True
                 self._counters.chains += count
                 self._publish(queue)
-        if worked and self._dirty_event is not None and self._logging():
+        if worked and self._dirty is not None and self._dirty.marked:
+            self._dirty.marked = False
             _notify(self._dirty_event)
         return worked
 
@@ -209,9 +210,13 @@ class Queues:
     def arm(self) -> bool:
         """Ask for kicks where buffers would be of use; return whether there is one already."""
         more = False
-        for queue in self._running:
-            if queue.work.starving() and queue.ring is not None:
-                more |= queue.ring.want_kicks()
+        try:
+            for queue in self._running:
+                if queue.work.starving() and queue.ring is not None:
+                    more |= queue.ring.want_kicks()
+        except FrontendError as error:
+            self._fault = error  # the next `drain` tells
+            return True
         return more
 
     def reconnect(self) -> None:
@@ -310,9 +315,9 @@ class Queues:
 
         try:
             self._poller.watch(fd, ready)
-        except PermissionError:
+        except OSError as error:
             channel.close()
-            raise RefusedError("the backend channel is no socket") from None
+            raise RefusedError(f"the backend channel cannot be waited on: {error}") from None
         self._close_channel()
         self._backend_channel, self._channel_blocked = channel, False
         self._tell_config()
@@ -593,18 +598,22 @@ class Queues:
 
             def kicked(events: int) -> None:
                 self._counters.kicks += 1
+                os.set_blocking(kick, False)  # as in `_notify`
                 drain_fd(kick)
                 if events & HUP:  # reported for ever
                     self._poller.forget(kick)
                 if queue.ring is not None:
-                    queue.ring.refuse_kicks()
+                    try:
+                        queue.ring.refuse_kicks()
+                    except FrontendError as error:
+                        self._fault = error  # the next `drain` tells
 
             try:
                 self._poller.watch(kick, kicked)
-            except PermissionError:
+            except OSError as error:
                 os.close(kick)
                 raise RefusedError(
-                    f"queue {queue.index}: its kick fd cannot be waited on"
+                    f"queue {queue.index}: its kick fd cannot be waited on: {error}"
                 ) from None
         if queue.kick is not None:
             self._poller.forget(queue.kick)

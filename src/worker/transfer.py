@@ -58,10 +58,13 @@ class Transfer:
         self._begin(fd, IN, loading=True)
 
     def _begin(self, fd: int, events: int, *, loading: bool) -> None:
+        try:
+            self._poller.watch(fd, lambda _: self._move(_TURN), events, file_too=True)
+        except OSError as error:
+            os.close(fd)
+            raise RefusedError(f"the way of a state cannot be waited on: {error}") from None
         self._fd = fd
         self._loading = loading
-        os.set_blocking(fd, False)
-        self._poller.watch(fd, lambda _: self._move(_TURN), events, file_too=True)
 
     def _move(self, chunks: int) -> None:
         """Move what can be moved now, no more than so many chunks."""
@@ -69,6 +72,7 @@ class Transfer:
             for _ in range(chunks):
                 if self._fd is None:
                     return
+                os.set_blocking(self._fd, False)  # the frontend may have undone it
                 if self._loading:
                     self._take(self._fd)
                 else:

@@ -385,6 +385,69 @@ def test_kick_that_cannot_be_waited_on(pair: Pair, path: str) -> None:
         converse(console, peer)
 
 
+@contextmanager
+def nested_epolls(depth: int) -> Iterator[int]:
+    """Give an epoll descriptor that watches another, which watches another, and so on."""
+    with ExitStack() as stack:
+        inner = stack.enter_context(select.epoll())
+        for _ in range(depth):
+            outer = stack.enter_context(select.epoll())
+            outer.register(inner.fileno(), select.EPOLLIN)
+            inner = outer
+        yield inner.fileno()
+
+
+FD_MESSAGES = [
+    (Request.SET_VRING_KICK, encode_u64(1)),
+    (Request.SET_VRING_CALL, encode_u64(1)),
+    (Request.SET_VRING_ERR, encode_u64(1)),
+    (Request.SET_LOG_FD, b""),
+    (Request.SET_BACKEND_REQ_FD, b""),
+]
+
+
+@pytest.mark.parametrize(("request_", "payload"), FD_MESSAGES)
+def test_descriptor_that_is_only_a_path(pair: Pair, request_: Request, payload: bytes) -> None:
+    """A descriptor opened with O_PATH, with which nothing can be done, is refused."""
+    with boot(pair.daemon) as console, attach(pair.daemon) as peer:
+        held = footprint(pair.worker)
+        with open_path("/", os.O_PATH) as fd:
+            refused(lambda: console.frontend.tell(request_, payload, [fd]))
+            assert console.frontend.set_device_state_fd(0, fd) == 0x101
+        wait_footprint(pair.worker, held)
+        converse(console, peer)
+
+
+@pytest.mark.parametrize("depth", [1, 3, 4])
+def test_descriptor_that_watches_others(frontend: Frontend, depth: int) -> None:
+    """Epoll descriptors nested so deep that nobody can wait for them are refused."""
+    with nested_epolls(depth) as fd:
+        for request, payload in FD_MESSAGES:
+            with suppress(NackError):
+                frontend.tell(request, payload, [fd])
+        frontend.set_device_state_fd(1, fd)
+        frontend.check_device_state()
+        frontend.barrier()
+
+
+def test_call_that_would_block(pair: Pair) -> None:
+    """A full call descriptor that was made blocking again holds nothing up."""
+    with boot(pair.daemon) as console, attach(pair.daemon) as peer, eventfd() as fd:
+        tx = console.port.tx
+        console.frontend.set_vring_call(1, fd)
+        console.frontend.barrier()
+        with suppress(BlockingIOError):
+            os.eventfd_write(fd, (1 << 64) - 2)
+        os.set_blocking(fd, True)
+        for number in range(3):
+            tx.driver.enable_calls()
+            tx.driver.add([b"%d" % number])
+            tx.notify()
+            assert exactly(peer, 1) == b"%d" % number
+            until(tx.driver.has_used, "the buffer never came back")
+            tx.driver.reap()
+
+
 @pytest.mark.parametrize("kind", ["eventfd", "pipe"])
 def test_blocking_kick_never_blocks(pair: Pair, kind: str) -> None:
     """A kick descriptor that blocks, or that anyone else has emptied, holds nothing up."""

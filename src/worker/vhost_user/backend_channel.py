@@ -24,7 +24,6 @@ class BackendChannel:
     """
 
     def __init__(self, fd: int) -> None:
-        os.set_blocking(fd, False)
         self._fd = fd
         self._due: dict[tuple[BackendRequest, int], None] = {}
         self._asked: deque[tuple[BackendRequest, int]] = deque()
@@ -59,6 +58,7 @@ class BackendChannel:
     def work(self) -> None:
         """Take the answers that have come and send what is due."""
         try:
+            os.set_blocking(self._fd, False)  # the frontend has the same description
             self._receive()
             for request, ring in [*self._due]:
                 self._try(request, ring)
