@@ -262,6 +262,12 @@ class Bench:
         )
         return frontend
 
+    def agree(self, frontend: Frontend, *, ack: bool = False) -> None:
+        """Ask for the protocol features and choose the usual ones, as every frontend begins."""
+        if frontend.offered & Feature.PROTOCOL_FEATURES:
+            frontend.get_protocol_features()
+            frontend.set_protocol_features(self.protocol, ack=ack)
+
     def memory(self, regions: int | Sequence[Region] = _MEMORY) -> GuestMemory:
         """Return guest memory, told to nobody yet."""
         return self._stack.enter_context(GuestMemory(regions))

@@ -62,8 +62,7 @@ def check(
         process = None if start is None else stack.enter_context(Process(start, path))
         file = None if junit is None else stack.enter_context(_writable(junit))
         backend = Backend.find(path, client, timeout)
-        restart = None if process is None else process.start
-        tried = run(backend, statements, restart)
+        tried = run(backend, statements, process)
         results = list(tried) if as_json else _print(tried, backend)
         if as_json:
             print(json.dumps(report.as_json(backend, version, results), indent=2))

@@ -67,7 +67,7 @@ def size(bench: Bench) -> None:
 def emergency(bench: Bench) -> None:
     """A write to emerg_wr is allowed on a device that nobody has configured."""
     frontend = bench.connect()
-    frontend.set_protocol_features(bench.protocol)
+    bench.agree(frontend)
     frontend.set_config(8, b"\n\0\0\0")
     frontend.barrier()
 

@@ -571,6 +571,7 @@ def state_direction(bench: Bench) -> None:
 def inband_needs(bench: Bench) -> None:
     """INBAND_NOTIFICATIONS without BACKEND_REQ and REPLY_ACK ends the connection."""
     frontend = bench.connect()
+    frontend.get_protocol_features()
     frontend.set_protocol_features(P.INBAND_NOTIFICATIONS)
     try:
         frontend.barrier()

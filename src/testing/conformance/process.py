@@ -58,10 +58,10 @@ class Process:
             raise CannotRunError(f"cannot start {' '.join(self._command)}: {reason}") from None
         deadline = time.monotonic() + _READY_S
         while not self._listens():
-            status = self._process.poll()
-            if status is not None:
+            ended = self.ended()
+            if ended:
                 self.stop()
-                raise CannotRunError(f"{self._command[0]} ended at once with status {status}")
+                raise CannotRunError(f"{self._command[0]}: {ended} at once")
             if time.monotonic() > deadline:
                 self.stop()
                 raise CannotRunError(f"{self._command[0]} did not make {self._path}")
@@ -74,6 +74,15 @@ class Process:
             except OSError:
                 return False
         return True
+
+    def ended(self) -> str:
+        """Say how it has ended by itself, "" when it has not."""
+        status = None if self._process is None else self._process.poll()
+        if status is None:
+            return ""
+        if status < 0:
+            return f"the backend was ended by signal {-status}"
+        return f"the backend ended with exit status {status}"
 
     def stop(self) -> None:
         """End it: asked to, then made to."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ...errors import ConsoleError
 from .bench import Backend, Bench, GoneError
+from .process import Process
 from .statement import (
     GROUPS,
     STATEMENTS,
@@ -49,17 +50,15 @@ def select(patterns: Iterable[str]) -> list[Statement]:
 
 
 def run(
-    backend: Backend,
-    statements: Iterable[Statement],
-    restart: Callable[[], None] | None = None,
+    backend: Backend, statements: Iterable[Statement], process: Process | None = None
 ) -> Iterator[Result]:
     """Try each statement and yield its result at once.
 
     A statement after which the backend is gone has failed, and so have all after it, unless
-    `restart`, or somebody else in time, starts it again.
+    it is started again: here, if it is that `process`, or by somebody else in time.
     """
     gone = ""
-    process = 0
+    pid = 0
     for statement in statements:
         missing = statement.missing(backend.features, backend.protocol)
         if missing:
@@ -72,10 +71,10 @@ def run(
             start = time.monotonic()
             outcome, seen, expected, trouble = Outcome.FAIL, "", "", ""
             try:
-                process = process or backend.process()
+                pid = pid or backend.process()
                 outcome, seen, expected = _try(backend, statement)
-                process, before = backend.process(), process
-                if process != before:
+                pid, before = backend.process(), pid
+                if pid != before:
                     trouble = "the backend ended, and was started again"
                 elif statement.hostile:
                     _use(backend, statement)
@@ -83,14 +82,16 @@ def run(
                 trouble = gone = str(error)
             except (ConsoleError, OSError) as error:
                 trouble = f"the console does not work any more: {error}"
+            if trouble and process is not None:
+                trouble = process.ended() or trouble
             if trouble:
                 outcome, expected = Outcome.FAIL, "the backend to be as before"
                 if seen != trouble:
                     seen = f"{seen}; then {trouble}" if seen else f"afterwards {trouble}"
             yield Result(statement, outcome, seen, expected, time.monotonic() - start)
-            if trouble and restart is not None:
-                restart()
-                gone, process = "", 0
+            if trouble and process is not None:
+                process.start()
+                gone, pid = "", 0
 
 
 def _try(backend: Backend, statement: Statement) -> tuple[Outcome, str, str]:

@@ -93,8 +93,7 @@ def reset_owner(bench: Bench) -> None:
 def owner_first(bench: Bench) -> None:
     """SET_OWNER may also be the very first message, as Linux has it."""
     frontend = bench.connect(owner=True)
-    if frontend.offered & Feature.PROTOCOL_FEATURES:
-        frontend.set_protocol_features(bench.protocol)
+    bench.agree(frontend)
     frontend.set_features(bench.features, ack=False)
     bench.start(frontend)
     queue = frontend.queues[TX]
@@ -151,7 +150,7 @@ def queue_num_ports(bench: Bench) -> None:
 def ack_session(bench: Bench) -> None:
     """SET_OWNER and SET_FEATURES are acknowledged with 0 when that is asked for."""
     frontend = bench.connect()
-    frontend.set_protocol_features(bench.protocol)
+    bench.agree(frontend)
     frontend.set_owner(ack=True)
     frontend.set_features(bench.features, ack=True)
 
@@ -159,7 +158,7 @@ def ack_session(bench: Bench) -> None:
 @statement("ack.protocol", SHOULD, "vhost-user REPLY_ACK", P.REPLY_ACK)
 def ack_protocol(bench: Bench) -> None:
     """The very SET_PROTOCOL_FEATURES that agrees on REPLY_ACK is acknowledged, as Linux asks."""
-    bench.connect().set_protocol_features(bench.protocol, ack=True)
+    bench.agree(bench.connect(), ack=True)
 
 
 @statement("ack.rings", MUST, "vhost-user REPLY_ACK", P.REPLY_ACK)
@@ -430,7 +429,7 @@ def config_read_part(bench: Bench) -> None:
 def config_read_early(bench: Bench) -> None:
     """The configuration can be read before the driver has chosen features."""
     frontend = bench.connect()
-    frontend.set_protocol_features(bench.protocol)
+    bench.agree(frontend)
     frontend.get_config(0, 12)
 
 

@@ -69,8 +69,9 @@ def test_backend_that_is_started_again(folder: Path) -> None:
     path = folder / "s"
     with Process(f"{sys.executable} {fake.__file__} {path}", str(path)) as process:
         found = Backend.find(str(path), None, 1.0)
-        results = by_id(list(run(found, select(AROUND), process.start)))
+        results = by_id(list(run(found, select(AROUND), process)))
     assert results["hostile.unknown-request"].outcome is Outcome.FAIL
+    assert results["hostile.unknown-request"].seen.endswith("the backend ended with exit status 0")
     assert results["frontend.qemu"].outcome is Outcome.PASS
     assert psutil.Process().children() == []
 
@@ -165,7 +166,7 @@ def test_no_backend(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "error"),
     [
-        ("true", "true ended at once with status 0"),
+        ("true", "true: the backend ended with exit status 0 at once"),
         ("./nonesuch", "cannot start ./nonesuch: No such file or directory"),
         ("", "cannot start : nothing to start"),
     ],
