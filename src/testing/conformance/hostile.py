@@ -251,6 +251,23 @@ def call_full(bench: Bench) -> None:
             write(bench, frontend.queues[TX])
 
 
+@statement("hostile.call-blocks", SHOULD, "vhost-user SET_VRING_CALL", hostile=True)
+def call_blocks(bench: Bench) -> None:
+    """A full call descriptor that blocks holds nothing up: the frontend can make it so any time."""
+    frontend = bench.start(queues=2)
+    with _eventfd((1 << 64) - 2) as fd:
+        frontend.set_vring_call(TX, fd)
+        frontend.barrier()
+        os.set_blocking(fd, True)
+        try:
+            for _ in range(3):
+                frontend.queues[TX].driver.enable_calls()
+                write(bench, frontend.queues[TX])
+            frontend.barrier()
+        finally:
+            os.eventfd_read(fd)  # whoever it holds up goes on
+
+
 @statement("hostile.path-descriptors", SHOULD, _COMMUNICATION, hostile=True)
 def path_descriptors(bench: Bench) -> None:
     """Descriptors that name a file, and can be neither read nor written, do no harm."""
