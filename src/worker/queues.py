@@ -390,7 +390,10 @@ class Queues:
             case fx.MakeInflight(queues, size):
                 if queues > wire.MOST_QUEUES:
                     raise RefusedError(f"there are no {queues} queues to keep in flight")
-                fd, total = inflight.create(queues, size, self._features)
+                try:
+                    fd, total = inflight.create(queues, size, self._features)
+                except OSError as error:
+                    raise RefusedError(f"no room to keep what is in flight: {error}") from None
                 return total, 0, fd
             case fx.SetInflight(area, fd):
                 self._inflight = Inflight(fd, *area, self._features)

@@ -23,6 +23,7 @@ from scene import (
     nothing_to_read,
     status_of,
     wait_footprint,
+    wait_port,
 )
 from vhost_device_console.testing import (
     DRIVER_FEATURES,
@@ -57,7 +58,7 @@ from vhost_device_console.worker.vhost_user.message import (
 )
 
 from conftest import StartDaemon
-from launch import WITHIN, until
+from launch import WITHIN, command, until
 
 PAGE = 4096
 TWO_QUEUES = DRIVER_FEATURES & ~Feature.MULTIPORT
@@ -664,6 +665,28 @@ def test_qemu_pauses_and_goes_on(pair: Pair, status: bool) -> None:
             resume_like_qemu(frontend, memory)
             console.read_until(b"while it was paused\n")
             converse(console, peer)
+
+
+def test_nothing_is_said_to_a_guest_that_stands_still(daemon: StartDaemon) -> None:
+    """A new size is told once a ring runs again, not while the device is suspended."""
+    running = daemon("unix", 1)
+    with GuestMemory.like_qemu() as memory:
+        frontend = connect_like_qemu(
+            running.sockets[0], memory, features=TWO_QUEUES, queue_count=2, timeout=WITHIN
+        )
+        with frontend:
+            pause_like_qemu(frontend)
+            guest = running.status()[0]["name"]
+            done = command(running.folder, "resize", guest, "132x43")
+            assert done.returncode == 0, done.stderr
+            wait_port(running, columns=132)
+            frontend.barrier()
+            frontend.take_backend()
+            assert frontend.config_changes == 0
+            resume_like_qemu(frontend, memory)
+            frontend.recv_backend()
+            assert frontend.config_changes == 1
+            assert struct.unpack_from("<HH", frontend.get_config(0, 4)) == (132, 43)
 
 
 def test_address_before_memory(frontend: Frontend) -> None:
