@@ -1,0 +1,331 @@
+"""The queues' own rules, with a guest in this process; whole sessions are in tests/integration."""
+
+from __future__ import annotations
+
+import logging
+import os
+import resource
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+from vhost_device_console.errors import FrontendError, RefusedError
+from vhost_device_console.health import Health
+from vhost_device_console.testing import GuestMemory, SplitDriver
+from vhost_device_console.worker.poller import Poller
+from vhost_device_console.worker.queues import Queues, Work
+from vhost_device_console.worker.vhost_user import session as fx
+from vhost_device_console.worker.vhost_user.message import (
+    InflightArea,
+    LogArea,
+    ProtocolFeature,
+    VringAddr,
+)
+from vhost_device_console.worker.virtqueue.ring import Ring
+
+LOG_ALL = 1 << 26
+PAGE = 4096
+SIZE = 1 << 20
+
+
+class Echoes:
+    """A device that takes every buffer of every queue."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.calls: list[str] = []
+
+    def kind(self, _: int) -> tuple[bool, int]:
+        return False, SIZE
+
+    def started(self, index: int, _: Ring) -> None:
+        self.calls.append(f"started {index}")
+
+    def stopped(self, index: int) -> None:
+        self.calls.append(f"stopped {index}")
+
+    def work(self, _: int, ring: Ring, enabled: bool) -> Work:
+        def take() -> int:
+            count = 0
+            while (chain := ring.pop()) is not None:
+                ring.push(chain.head, 0)
+                count += 1
+            self.taken += count
+            return count
+
+        return Work(ring.ready, take, lambda: enabled)
+
+    def reset(self) -> None:
+        self.calls.append("reset")
+
+    def save(self) -> bytes:
+        self.calls.append("save")
+        return b"state"
+
+    def load(self, data: bytes) -> None:
+        self.calls.append(f"load {data!r}")
+
+    def moved(self) -> None:
+        self.calls.append("moved")
+
+
+class Scene:
+    """Queues, a guest's memory that they have mapped, and a ring in it that may be started."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.poller = Poller(0)
+        self.counters = Health()
+        self.device = Echoes()
+        log = logging.LoggerAdapter(logging.getLogger("test"))
+        self.queues = Queues(self.device, self.poller, self.counters, log, lambda: None)
+        self.memory = memory
+        self.driver = SplitDriver(memory, 8)
+        self.kick = os.eventfd(0, os.EFD_NONBLOCK)
+        self.call = os.eventfd(0, os.EFD_NONBLOCK)
+        regions = memory.regions()
+        self.queues.apply(fx.MapMemory([region for region, _ in regions], [regions[0][1]]))
+
+    def addr(self, *, flags: int = 0, log: int = 0) -> VringAddr:
+        user = self.memory.user_addr
+        parts = (self.driver.desc_addr, self.driver.used_addr, self.driver.avail_addr)
+        return VringAddr(1, flags, *map(user, parts), log)
+
+    def start(self, *, call: bool = True) -> None:
+        if call:
+            self.queues.apply(fx.SetCall(1, self.call))
+        self.queues.apply(fx.StartRing(1, 8, self.addr(), 0, self.kick, True))
+
+    def offer(self, data: bytes = b"x") -> None:
+        self.driver.add([data])
+        self.driver.publish()
+
+    def close(self) -> None:
+        self.queues.release()
+        self.poller.close()
+        os.close(self.kick)
+        os.close(self.call)
+
+
+@pytest.fixture
+def scene() -> Iterator[Scene]:
+    with GuestMemory(SIZE) as memory:
+        made = Scene(memory)
+        yield made
+        made.close()
+
+
+@contextmanager
+def file_of(size: int) -> Iterator[int]:
+    """Give a file that cannot be sealed against shrinking."""
+    fd = os.open("/dev/shm", os.O_TMPFILE | os.O_RDWR)
+    try:
+        os.ftruncate(fd, size)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def log_into(scene: Scene, fd: int, size: int) -> None:
+    scene.queues.apply(fx.SetLog(LogArea(size, 0), fd))
+    scene.queues.apply(fx.SetFeatures(LOG_ALL))
+    scene.queues.apply(fx.LogRing(1, scene.addr(flags=1)))
+
+
+def log_size(scene: Scene) -> int:
+    ((region, _),) = scene.memory.regions()
+    return -(-(region.guest_addr + region.size) // (8 * PAGE))
+
+
+def test_what_a_running_ring_has_is_served_and_the_guest_called(scene: Scene) -> None:
+    scene.start()
+    scene.offer()
+    assert scene.queues.drain()
+    assert (scene.device.taken, len(scene.driver.reap())) == (1, 1)
+    assert os.eventfd_read(scene.call) >= 1
+    assert not scene.queues.drain()
+
+
+@pytest.mark.parametrize("how", ["drain", "arm", "kick"])
+def test_a_log_that_was_cut_off_is_told_by_the_next_drain(scene: Scene, how: str) -> None:
+    size = log_size(scene)
+    with file_of(size) as fd:
+        scene.start()
+        log_into(scene, fd, size)
+        os.ftruncate(fd, 0)
+        if how == "drain":
+            scene.offer()
+        elif how == "arm":
+            assert scene.queues.arm()
+        else:
+            os.eventfd_write(scene.kick, 1)
+            scene.poller.run(stop_after(scene.poller), lambda: False, lambda: False)
+        with pytest.raises(FrontendError, match="dirty log"):
+            scene.queues.drain()
+
+
+def stop_after(poller: Poller) -> Callable[[], bool]:
+    """Return a drain with which the loop looks at its descriptors once, then ends."""
+    rounds = iter((True, False))
+
+    def drain() -> bool:
+        more = next(rounds, None)
+        if more is None:
+            poller.stop()
+        return bool(more)
+
+    return drain
+
+
+def test_a_log_that_was_cut_off_does_not_outlive_its_frontend(scene: Scene) -> None:
+    size = log_size(scene)
+    with file_of(size) as fd:
+        scene.start()
+        log_into(scene, fd, size)
+        os.ftruncate(fd, 0)
+        scene.offer()
+        scene.queues.drain_all()
+        scene.queues.release()
+    assert not scene.queues.drain()
+
+
+def test_a_new_log_is_refused_whole(scene: Scene) -> None:
+    size = log_size(scene)
+    with file_of(size) as fd, file_of(1) as small:
+        scene.start()
+        log_into(scene, fd, size)
+        with pytest.raises(RefusedError):
+            scene.queues.apply(fx.SetLog(LogArea(1, 0), small))
+        scene.offer()
+        scene.queues.drain()
+        assert any(os.pread(fd, size, 0))
+
+
+def test_a_log_from_before_the_memory_grew_cannot_be_chosen(scene: Scene) -> None:
+    size = log_size(scene)
+    ((low, low_fd),) = scene.memory.regions()
+    with file_of(size) as fd:
+        scene.queues.apply(fx.SetLog(LogArea(size, 0), fd))
+        scene.queues.apply(
+            fx.AddMemory(low._replace(guest_addr=1 << 40, user_addr=0x1000_0000), low_fd)
+        )
+        with pytest.raises(RefusedError, match="too small"):
+            scene.queues.apply(fx.SetFeatures(LOG_ALL))
+
+
+def test_a_log_is_forgotten_once_its_migration_is_over(scene: Scene) -> None:
+    size = log_size(scene)
+    with file_of(size) as fd:
+        scene.start()
+        log_into(scene, fd, size)
+        scene.queues.apply(fx.SetFeatures(0))
+        scene.queues.apply(fx.SetFeatures(LOG_ALL))
+        os.pwrite(fd, bytes(size), 0)
+        scene.offer()
+        scene.queues.drain()
+        assert not any(os.pread(fd, size, 0))
+
+
+def test_no_room_for_an_area_is_a_refusal(scene: Scene) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        with pytest.raises(RefusedError):
+            scene.queues.apply(fx.MakeInflight(4, 64))
+        with pytest.raises(RefusedError):
+            scene.queues.apply(fx.SetError(1, scene.call))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_reset_forgets_what_was_in_flight(scene: Scene) -> None:
+    size, offset, fd = scene.queues.apply(fx.MakeInflight(2, 8))
+    try:
+        scene.queues.apply(fx.SetInflight(InflightArea(size, offset, 2, 8), fd))
+        scene.queues.apply(fx.ResetDevice())
+        scene.start()
+        assert os.pread(fd, size, 0) == bytes(size)  # no ring has used it
+    finally:
+        os.close(fd)
+
+
+def test_a_state_that_was_taken_along_is_told_of_when_the_frontend_goes(scene: Scene) -> None:
+    read, write = os.pipe()
+    try:
+        scene.queues.apply(fx.SaveState(write))
+        assert scene.queues.apply(fx.CheckState())
+        scene.queues.release()
+        assert scene.device.calls == ["save", "moved"]
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+def test_a_device_that_went_on_has_not_moved(scene: Scene) -> None:
+    read, write = os.pipe()
+    try:
+        scene.queues.apply(fx.SaveState(write))
+        assert scene.queues.apply(fx.CheckState())
+        scene.start()
+        scene.queues.release()
+        assert "moved" not in scene.device.calls
+    finally:
+        os.close(read)
+        os.close(write)
+
+
+INBAND = ProtocolFeature.INBAND_NOTIFICATIONS | ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG
+
+
+@pytest.mark.parametrize("protocol", [INBAND, ProtocolFeature.BACKEND_REQ])
+def test_calls_are_messages_only_where_that_was_agreed(
+    scene: Scene, protocol: ProtocolFeature
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        scene.queues.apply(fx.SetProtocolFeatures(protocol))
+        scene.queues.apply(fx.SetBackendChannel(theirs.fileno()))
+        scene.start(call=False)
+        scene.offer()
+        scene.queues.drain()
+        if protocol is INBAND:
+            assert ours.recv(100).startswith(b"\x04")
+        else:
+            with pytest.raises(BlockingIOError):
+                ours.recv(100)
+
+
+def test_a_full_channel_is_written_when_there_is_room_again(scene: Scene) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        scene.queues.apply(fx.SetProtocolFeatures(INBAND))
+        scene.queues.apply(fx.SetBackendChannel(theirs.fileno()))
+        scene.start(call=False)
+        theirs.setblocking(False)
+        filled = 0
+        for piece in (1 << 12, 1):
+            with suppress(BlockingIOError):
+                while True:
+                    filled += theirs.send(bytes(piece))
+        scene.queues.config_changed()
+        ours.settimeout(20)
+        left = filled
+        while left:
+            left -= len(ours.recv(min(left, 1 << 16)))
+        ours.setblocking(False)
+        heard = b""
+
+        def listen() -> bool:
+            nonlocal heard
+            try:
+                heard += ours.recv(100)
+            except BlockingIOError:
+                return False
+            scene.poller.stop()
+            return False
+
+        guard = scene.poller.timer(scene.poller.stop)
+        guard.start(20)
+        scene.poller.run(listen, lambda: False, lambda: False)
+        assert heard == bytes.fromhex("02000000 01000000 00000000")
