@@ -6,31 +6,42 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import tty
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 sys.path.append(str(Path(__file__).parent))  # behind tests/, which has a conftest too
 
 import qemu
 import uml
-from console import Attach, Console, Place
-from qemu import Qemu, StartQemu
+from console import PROMPT, Attach, Console, Place
+from machine import need
+from qemu import Qemu, Shared, StartQemu
 from uml import StartGuest
 
 from launch import Daemon
 
 
-def need(there: object, what: str) -> None:
-    """Skip a test of something that is not there; where all has to be, fail it."""
-    if not there:
-        why = f"no {what} here: contrib/guest/fetch --all says why"
-        if os.environ.get("CI"):
-            pytest.fail(why)
-        pytest.skip(why)
+def _held() -> set[tuple[str, str]]:
+    """Return what this process has open, and its children."""
+    held = {("process", str(child.pid)) for child in psutil.Process().children()}
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            held.add((fd, os.readlink(f"/proc/self/fd/{fd}")))
+    return held
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_open() -> Iterator[None]:
+    """Fail a test that leaves something behind; a guest that tests share was there before."""
+    before = _held()
+    yield
+    assert not (left := _held() - before), f"left: {left}"
 
 
 @pytest.fixture
@@ -53,12 +64,37 @@ def boot() -> Iterator[StartGuest]:
         yield lambda *arguments, **more: ends.enter_context(uml.Guest(*arguments, **more))
 
 
+def need_qemu() -> None:
+    """Let only those tests run that have QEMU guests."""
+    need((qemu.FOLDER / "version").exists(), "QEMU guest")
+
+
 @pytest.fixture
 def boot_qemu() -> Iterator[StartQemu]:
     """Give a function that boots guests of QEMU: see qemu.Qemu."""
-    need((qemu.FOLDER / "version").exists(), "QEMU guest")
+    need_qemu()
     with ExitStack() as ends:
         yield lambda *arguments, **more: ends.enter_context(Qemu(*arguments, **more))
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Shared]:
+    """Give a running guest of QEMU for all of a module's tests: see qemu.Shared."""
+    need_qemu()
+    with ExitStack() as ends:
+        folder = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="vdc", dir="/tmp")))
+        yield Shared(folder, ends)
+
+
+@pytest.fixture
+def console(shared: Shared) -> Iterator[Console]:
+    """Put someone at the shared guest's prompt."""
+    with shared.attach("console0") as peer:
+        person = Console(peer.fileno())
+        person.send(b"\x03\nstty sane; echo 'rea''dy'\n")
+        person.until(rb"ready\r\n")
+        person.until(PROMPT)
+        yield person
 
 
 @pytest.fixture
@@ -77,7 +113,7 @@ def attach() -> Iterator[Attach]:
 
 @pytest.fixture
 def place(daemon: Callable[..., Daemon], attach: Attach) -> Iterator[Place]:
-    """Give a function from one of console.BACKENDS to a daemon with someone at its console."""
+    """Give a function from one of BACKENDS to a daemon with someone at its console."""
     with ExitStack() as ends:
 
         def keep(fd: int) -> int:

@@ -13,6 +13,10 @@ from launch import WITHIN, Daemon
 
 PROMPT = rb"guest# "
 
+#: Seconds for which a guest may stand still. One without KVM says nothing while it boots, which
+#: takes long where many do.
+STILL = 3 * WITHIN
+
 #: Where a person can be, for the `place` fixture.
 BACKENDS = ("network", "unix", "pty", "nested on a terminal", "nested on pipes")
 
@@ -20,7 +24,7 @@ BACKENDS = ("network", "unix", "pty", "nested on a terminal", "nested on pipes")
 class Console:
     """A person at a guest's console, on one descriptor or one for each direction (not owned).
 
-    Nothing may stand still for WITHIN seconds; how long it all takes is the machine's affair.
+    Nothing may stand still for STILL seconds; how long it all takes is the machine's affair.
     """
 
     def __init__(self, reads: int, writes: int | None = None) -> None:
@@ -50,7 +54,7 @@ class Console:
         looked = 0
         while not (match := re.compile(pattern).search(self._unread, looked)):
             looked = max(0, len(self._unread) - 256)  # longer than any pattern's match
-            self._exchange(WITHIN, f"no {pattern!r}")
+            self._exchange(STILL, f"no {pattern!r}")
         before = bytes(self._unread[: match.start()])
         del self._unread[: match.end()]
         return before
@@ -58,7 +62,7 @@ class Console:
     def take(self, count: int) -> bytes:
         """Return the next `count` bytes."""
         while len(self._unread) < count:
-            self._exchange(WITHIN, f"{len(self._unread)} bytes, not {count}")
+            self._exchange(STILL, f"{len(self._unread)} bytes, not {count}")
         taken = bytes(self._unread[:count])
         del self._unread[:count]
         return taken
@@ -67,7 +71,7 @@ class Console:
         """Send `data`, reading meanwhile: an echo nobody reads would stop the guest's input."""
         self._unsent += data
         while self._unsent:
-            self._exchange(WITHIN, f"{len(self._unsent)} bytes not taken")
+            self._exchange(STILL, f"{len(self._unsent)} bytes not taken")
 
     def type(self, line: bytes, gap: float) -> None:
         """Send `line` like a typist, one character each `gap` seconds."""

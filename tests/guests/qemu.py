@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from machine import Machine
 from uml import BUILD
 
-from launch import WITHIN
+from launch import WITHIN, Daemon, command
 
 FOLDER = BUILD / "guest-qemu"
+
+#: How many ports a shared guest may have.
+MAX_PORTS = 6
 
 
 class Qemu(Machine):
@@ -34,7 +39,7 @@ class Qemu(Machine):
                     *(FOLDER / "boot", path, f"vdc.run={run}", "--"),
                     *(option for setting in device for option in ("-global", setting)),
                     *("-chardev", f"socket,id=monitor,fd={theirs.fileno()}"),
-                    *("-mon", "chardev=monitor,mode=control"),
+                    *("-qmp", "chardev:monitor"),
                 ],
                 pass_fds=[theirs.fileno()],
             )
@@ -73,6 +78,46 @@ class Qemu(Machine):
         while name not in self._events:
             self._read()
         del self._events[: self._events.index(name) + 1]
+
+
+class Shared:
+    """One guest for many tests, with several ports, each a unix socket for people.
+
+    Port 0 and `second` are consoles, `data` and `org.qemu.guest_agent.0` are not, and there is
+    room for more.
+    """
+
+    def __init__(self, folder: Path, ends: ExitStack) -> None:
+        self.folder = folder
+        options = ["--max-ports", str(MAX_PORTS)]
+        for port in ("second,console", "data", "org.qemu.guest_agent.0"):
+            options += ["--port", self.described(port)]
+        self.daemon = ends.enter_context(Daemon(folder, "unix", 1, *options))
+        self.guest = ends.enter_context(Qemu(self.daemon.sockets[0], MAX_PORTS))
+
+    def described(self, port: str) -> str:
+        """Return what --port takes for a port: its name, and what else it is."""
+        return f"name={port},backend=unix,path={self._path(port.partition(',')[0])}"
+
+    def _path(self, name: str) -> str:
+        return str(self.folder / name)
+
+    @property
+    def name(self) -> str:
+        """The guest's name on the daemon's command line."""
+        name: str = self.daemon.status()[0]["name"]
+        return name
+
+    def command(self, *arguments: str) -> None:
+        """Run the daemon's command line; it must succeed."""
+        done = command(self.folder, *arguments)
+        assert done.returncode == 0, done
+
+    def attach(self, name: str) -> socket.socket:
+        """Return a connection to the port of this name."""
+        peer = socket.socket(socket.AF_UNIX)
+        peer.connect(self.daemon.data[0] if name == "console0" else f"{self._path(name)}0")
+        return peer
 
 
 #: What the fixture of conftest.py gives.
