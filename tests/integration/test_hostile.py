@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import random
 import select
 import socket
 import struct
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -911,6 +912,74 @@ def test_guest_bytes_that_steer_terminals(pair: Pair, features: int) -> None:
         pair.daemon.expect_log(r"\x1b|\x9b|\\x9b|\x90|\\x90", within=0)
 
 
+# Buffers in flight, in packed rings
+
+
+def word(at: int, value: int) -> Callable[[memoryview], None]:
+    """Return what writes 16 bits into an area."""
+
+    def do(area: memoryview) -> None:
+        struct.pack_into("<H", area, at, value)
+
+    return do
+
+
+def every_entry(area: memoryview) -> None:
+    area[32 : 32 + 32 * 8 : 32] = b"\1" * 8
+
+
+def nothing_but_ones(area: memoryview) -> None:
+    area[:] = b"\xff" * len(area)
+
+
+#: What is wrong with the region of a ring of 8 entries (QueueRegionPacked).
+DAMAGE: dict[str, Callable[[memoryview], None]] = {
+    "another version": word(8, 2),
+    "another number of entries": word(10, 9),
+    "a free list with a loop": word(32 + 32 * 5 + 2, 4),
+    "a free list that leaves the area": word(14, 0xFFFF),
+    "a used index past the end": word(16, 8),
+    "an old used index past the end": word(18, 0xFFFF),
+    "a wrap counter of 2": word(20, 2),
+    "every entry in flight": every_entry,
+    "nothing but ones": nothing_but_ones,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_an_area_of_packed_rings_that_makes_no_sense(pair: Pair, name: str) -> None:
+    """Whatever an area holds, the ring goes on where it was, and what it holds is used anew."""
+    features = PACKED & ~Feature.MULTIPORT
+    with (
+        GuestMemory() as memory,
+        Frontend(pair.daemon.sockets[0], timeout=WITHIN) as frontend,
+        attach(pair.daemon) as peer,
+    ):
+        drivers = [make_driver(memory, 8, features) for _ in range(2)]
+        for turn in range(3):
+            if turn:
+                frontend.reconnect()
+            frontend.negotiate(features)
+            frontend.set_memory(memory)
+            if not turn:
+                frontend.get_inflight_fd(2, 8)
+            assert frontend.inflight is not None
+            area, fd = frontend.inflight
+            if turn == 1:
+                held = bytearray(os.pread(fd, area.size, 0))
+                DAMAGE[name](memoryview(held)[area.size // 2 :])
+                os.pwrite(fd, held, 0)
+            frontend.set_inflight_fd(area, fd)
+            tx = [frontend.start_queue(index, driver) for index, driver in enumerate(drivers)][TX]
+            for count in range(5):
+                data = b"%d %d" % (turn, count)
+                tx.driver.add([data])
+                tx.notify()
+                assert exactly(peer, len(data)) == data
+                tx.wait(WITHIN)
+    pair.daemon.expect_log("queue 1 goes on where it was, what was in flight is not known")
+
+
 # Whole conversations that make little sense
 
 
@@ -1146,3 +1215,163 @@ def test_inband_kicks_of_a_broken_queue(inband: Daemon, features: int) -> None:
         assert frontend.broken == [TX]
         peer.sendall(b"typed")
         assert console.read(5) == b"typed"
+
+
+# Anything at all
+
+#: Messages that lead somewhere, to be said more often than others.
+LIKELY = [
+    *[Request.SET_MEM_TABLE, Request.ADD_MEM_REG, Request.SET_VRING_ADDR] * 3,
+    *[Request.SET_VRING_NUM, Request.SET_VRING_KICK, Request.SET_VRING_ENABLE] * 3,
+]
+
+
+class Babbler:
+    """A frontend that says anything, of which much can be carried out.
+
+    Each connection begins with some sense: one MiB of memory at address 0, and rings in it.
+    """
+
+    def __init__(self, path: str, seed: int, files: list[int], others: list[int]) -> None:
+        self._path = path
+        self._random = random.Random(seed)
+        self._files = files
+        self._others = others
+        self._places = [[64 * self._random.randrange(1 << 13) for _ in range(3)] for _ in range(6)]
+        self.frontend = self._connect()
+        self.carried_out = 0
+
+    def _connect(self) -> Frontend:
+        frontend = Frontend(self._path, timeout=WITHIN)
+        try:
+            frontend.negotiate(self._random.choice([SPLIT, PACKED]))
+            frontend.add_mem_reg(Region(0, 1 << 20, 0, 0), self._files[0])
+            for index, place in enumerate(self._places):
+                frontend.set_vring_num(index, 64)
+                frontend.set_vring_addr(index, *place)
+                frontend.set_vring_kick(index, self._others[0])
+                frontend.enable(index)
+        except BaseException:
+            frontend.close()
+            raise
+        return frontend
+
+    def _number(self) -> int:
+        pick = self._random.choice
+        return pick([0, 1, 2, 3, 7, 8, 64, 255, 256, PAGE, 1 << 20, 0x8000_8000, 0xFFFF_FFFF])
+
+    def _ring(self) -> int:
+        return self._random.choice([0, 1, 2, 3, 4, 5, 255, self._number()])
+
+    def _region(self) -> Region:
+        pick = self._random.choice
+        at = pick([0, 0, 1 << 20, 1 << 32, self._number()])
+        size = pick([1 << 20, 1 << 20, PAGE, self._number()])
+        return Region(at, size, pick([at, at, at, self._number()]), pick([0, 0, PAGE, 5]))
+
+    def _payload(self, request: int) -> bytes:
+        pick, ring = self._random.choice, self._ring()
+        place = pick(self._places)
+        match request:
+            case Request.SET_FEATURES:
+                return encode_u64(self.frontend.offered & pick([SPLIT, PACKED, -1, 0, 1 << 26]))
+            case Request.SET_PROTOCOL_FEATURES:
+                return encode_u64(self.frontend.protocol_features)
+            case Request.SET_MEM_TABLE:
+                return encode_regions([self._region() for _ in range(pick([1, 1, 1, 2, 8]))])
+            case Request.ADD_MEM_REG | Request.REM_MEM_REG:
+                return encode_region(self._region())
+            case Request.SET_VRING_NUM:
+                return VringState(ring, pick([1, 8, 64, 256, self._number()])).encode()
+            case Request.SET_VRING_ADDR:
+                flags, log = pick([0, 0, 1, 0xFFFF]), pick([0, self._number(), (1 << 64) - 1])
+                return VringAddr(ring, flags, *place, log).encode()
+            case Request.SET_VRING_ENABLE:
+                return VringState(ring, pick([0, 1, 1, 1, 2])).encode()
+            case Request.SET_VRING_BASE | Request.GET_VRING_BASE | Request.VRING_KICK:
+                return VringState(ring, self._number()).encode()
+            case Request.SET_VRING_KICK | Request.SET_VRING_CALL | Request.SET_VRING_ERR:
+                return encode_u64(ring & 0x1FF)
+            case Request.GET_CONFIG | Request.SET_CONFIG:
+                data = self._random.randbytes(pick([1, 4, 8, 12, 256]))
+                return ConfigSpan(pick([0, 4, 8, 0xFFFF_FFFF]), pick([0, 1]), data).encode()
+            case Request.SET_LOG_BASE:
+                return LogArea(pick([PAGE, 1 << 18, self._number()]), pick([0, 3, PAGE])).encode()
+            case Request.GET_INFLIGHT_FD | Request.SET_INFLIGHT_FD:
+                size, queues = pick([1 << 20, self._number()]), pick([1, 4, 256])
+                return InflightArea(size, pick([0, 64, 7]), queues, pick([8, 64, 256])).encode()
+            case Request.SET_DEVICE_STATE_FD:
+                return StateTransfer(pick([0, 1, 1, 2]), pick([0, 0, 0, 1])).encode()
+            case Request.SET_STATUS:
+                return encode_u64(pick([0, 15, 15, 64, 0x10]))
+        return b""
+
+    def _fds(self, request: int, payload: bytes) -> list[int]:
+        pick = self._random.choice
+        if self._random.random() < 0.03:
+            return [pick(self._files + self._others) for _ in range(pick([0, 1, 2, MOST_FDS]))]
+        match request:
+            case Request.SET_MEM_TABLE:
+                return [pick(self._files) for _ in range(payload[0])]
+            case Request.SET_LOG_BASE | Request.SET_INFLIGHT_FD | Request.ADD_MEM_REG:
+                return [pick(self._files)]
+            case Request.SET_VRING_KICK | Request.SET_VRING_CALL | Request.SET_VRING_ERR:
+                return [pick(self._others)] if not payload[1] & 1 else []
+            case Request.SET_LOG_FD | Request.SET_BACKEND_REQ_FD | Request.SET_DEVICE_STATE_FD:
+                return [pick(self._others)]
+        return []
+
+    def say(self) -> None:
+        """Say one thing, and hear what comes of it."""
+        request = self._random.choice([*Request, *LIKELY])
+        payload = self._payload(request)
+        try:
+            self.frontend.send(request, payload, self._fds(request, payload), need_reply=True)
+            answer = self.frontend.recv()
+        except ConnectionError:
+            self.frontend.close()
+            self.frontend = self._connect()
+            return
+        for fd in answer.fds:
+            os.close(fd)
+        self.carried_out += answer.payload == encode_u64(0)
+
+    def write(self) -> None:
+        """Write into the rings what may be a buffer or not, and kick."""
+        pick = self._random.choice
+        desc, _used, avail = pick(self._places)
+        flags = pick([0, 0, 2, 2, 1, 4, 0xFFFF]) | pick([0x80, 0x80, 0x8000, 0])
+        buffer = struct.pack(
+            "<QIHH", pick([0, 1 << 10, self._number()]), pick([0, 8, 64]), 0, flags
+        )
+        heads = struct.pack("<HHQQ", pick([0, 1]), self._random.randrange(64), 0, 0)
+        os.pwrite(self._files[0], buffer * pick([1, 8, 64]), desc)
+        os.pwrite(self._files[0], pick([heads, heads, heads, self._random.randbytes(8)]), avail)
+        with suppress(OSError):
+            os.write(self._others[0], encode_u64(1))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_conversations(pair: Pair, seed: int) -> None:
+    """Whatever is said in whatever order, over whatever memory, the worker lives."""
+    before = pair.daemon.status()[0]
+    with ExitStack() as ends:
+        files = [ends.enter_context(memfd(1 << 20)) for _ in range(3)]
+        others = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(4)]
+        others += os.pipe2(os.O_NONBLOCK)
+        for end in socket.socketpair():
+            end.setblocking(False)
+            others.append(end.detach())
+        others += [os.open("/", flags) for flags in (os.O_RDONLY, os.O_PATH)]
+        others.append(os.open(__file__, os.O_RDONLY))
+        for other in others:
+            ends.callback(os.close, other)
+        babbler = Babbler(pair.daemon.sockets[0], seed, files, others)
+        ends.callback(lambda: babbler.frontend.close())
+        for _ in range(2000):
+            babbler.say()
+            babbler.write()
+    after = pair.daemon.status()[0]
+    assert babbler.carried_out > 500
+    for counter in ("sessions", "chains", "kicks", "refused", "broken"):
+        assert after[counter] > before[counter], counter
