@@ -26,25 +26,26 @@ def _regions() -> list[Region]:
 
 
 class Arena(GuestMemory):
-    """Once `scatter` was called, `alloc` takes bytes in turn from all over the small regions.
+    """Rings have their place in the first, large region; `alloc` is for buffers and their tables.
 
-    `wanted` is what these should hold: what was written through `write`, and what the test says
-    that the device writes (`expect`).
+    It takes bytes in turn from all over the small regions. `wanted` is what these should hold: what
+    was written through `write`, and what the test says that the device writes (`expect`).
     """
 
     def __init__(self) -> None:
         self._live: dict[int, int] = {}
-        self._cursor: int | None = None
+        self._cursor = 0
         self.wanted = bytearray(BYTES)
         super().__init__(_regions())
 
-    def scatter(self) -> None:
-        """Take the rings' place from the large region before this, buffers' and tables' after."""
-        self._cursor = 0
-
-    def alloc(self, size: int, align: int = 16, *, region: int | None = None) -> int:
-        if self._cursor is None or region is not None:
-            return super().alloc(size, align, region=region)
+    def alloc(
+        self,
+        size: int,
+        align: int = 16,  # noqa: ARG002 - buffers and tables may lie anywhere
+        *,
+        region: int | None = None,
+    ) -> int:
+        assert region is None
         taken = sorted(self._live.items())
         start = self._cursor
         for at in (start, 0):
@@ -58,8 +59,7 @@ class Arena(GuestMemory):
         raise MemoryError(f"no {size} bytes in one piece")
 
     def free(self, addr: int) -> None:
-        if self._live.pop(addr - _START, None) is None:
-            super().free(addr)
+        del self._live[addr - _START]
 
     def write(self, addr: int, data: bytes | bytearray | memoryview) -> None:
         super().write(addr, data)

@@ -1,8 +1,8 @@
 """How much is tried: little and always the same, unless VDC_EXAMPLES=n asks for n other examples.
 
-`VDC_EXAMPLES=2000 pytest tests/properties` tries 2000 fresh random examples of each test, twice as
-long each. A failure is shrunk to the fewest steps, printed as a program, and with what to add to
-the test to see it again.
+`VDC_EXAMPLES=2000 pytest --timeout 0 tests/properties` tries 2000 fresh random examples of each
+test, twice as long each. A failure is shrunk to the fewest steps, printed as a program, and with
+what to add to the test to see it again.
 """
 
 from __future__ import annotations

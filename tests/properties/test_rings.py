@@ -21,7 +21,7 @@ from budget import Machine, run
 from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
-from vhost_device_console.testing import Buffer, Chain, SplitDriver, make_driver
+from vhost_device_console.testing import Buffer, Chain, PackedDriver, RingDriver, SplitDriver
 from vhost_device_console.testing.packed import FRESH
 from vhost_device_console.testing.split import DESC_F_INDIRECT, DESC_F_WRITE
 from vhost_device_console.worker.virtqueue import chain as device
@@ -94,8 +94,7 @@ class Rings(Machine):
             start = data.draw(st.just(FRESH) | places)
         else:
             start = data.draw(st.just(0) | st.integers(0xFFF0, 0xFFFF))
-        self.driver = make_driver(self.guest, size, self.features, start=start)
-        self.guest.scatter()
+        self.driver = self.make_driver(size, start, data.draw(st.integers(0, 4)))
         if tracked:
             self.area_fd, self.area_size = create(2, size, self.features)
             self.map_area()
@@ -116,6 +115,21 @@ class Rings(Machine):
         # The call that the driver has asked for, likewise.
         self.call_at: int | bool = 0 if self.event_idx else True
         self.driver_sleeps = False
+
+    def make_driver(self, size: int, start: int, before: int) -> RingDriver:
+        """Return a driver whose areas have so many entries or words before a page's end."""
+        end = self.guest.regions()[0][0].guest_addr
+        kind: type[SplitDriver | PackedDriver] = PackedDriver if self.packed else SplitDriver
+        driver = kind(
+            self.guest,
+            size,
+            start=start,
+            desc=end + 2 * PAGE - 16 * before,
+            avail=end + 4 * PAGE - 4 * before,
+            used=end + 6 * PAGE - 4 * before,
+        )
+        driver.set_features(self.features)
+        return driver
 
     def map_area(self) -> None:
         assert self.area_fd is not None
