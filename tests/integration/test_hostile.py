@@ -1217,6 +1217,22 @@ def test_inband_kicks_of_a_broken_queue(inband: Daemon, features: int) -> None:
         assert console.read(5) == b"typed"
 
 
+# The device's state
+
+
+@pytest.mark.parametrize("path", ["/", "/dev/zero", "/dev/null", "/dev/full", __file__])
+@pytest.mark.parametrize("direction", [0, 1], ids=["save", "load"])
+def test_a_way_for_the_state_that_is_none(frontend: Frontend, path: str, direction: int) -> None:
+    """Files, folders and endless devices are no way for a state, and hold nothing up."""
+    way = os.open(path, os.O_RDONLY)
+    try:
+        assert frontend.set_device_state_fd(direction, way) == 0x100
+    finally:
+        os.close(way)
+    assert frontend.check_device_state() == 1
+    frontend.barrier()
+
+
 # Anything at all
 
 #: Messages that lead somewhere, to be said more often than others.
