@@ -13,7 +13,7 @@ from ..frontend import Frontend
 from ..packed import EVENT_DESC, FRESH
 from ..queue import Queue
 from .bench import CONTROL_RX, CONTROL_TX, SIZE, TX, Bench, packed_driver, split_driver
-from .rings import write
+from .rings import call, write
 from .statement import Check, Level, expect, statement
 
 MUST, SHOULD = Level.MUST, Level.SHOULD
@@ -324,8 +324,7 @@ def call_wanted(bench: Bench) -> None:
     queue = bench.start(without=F.EVENT_IDX, queues=2).queues[TX]
     for number in range(20):
         queue.driver.enable_calls()
-        write(bench, queue)
-        expect(bench.called(queue), f"no call for buffer {number}", "one")
+        call(bench, queue, f"one for buffer {number}, the flag is clear")
 
 
 @on_rings("call-unwanted", SHOULD, "2.7.7.2", "2.8.10")
@@ -341,8 +340,7 @@ def event_wanted(bench: Bench) -> None:
     queue = bench.start(queues=2).queues[TX]
     for number in range(3 * SIZE):
         queue.driver.enable_calls()
-        write(bench, queue)
-        expect(bench.called(queue), f"no call for buffer {number}", "one, used_event names it")
+        call(bench, queue, f"one for buffer {number}, which the driver names")
 
 
 @on_rings("event-unwanted", SHOULD, "2.7.7.2", "2.8.10", F.EVENT_IDX)
@@ -374,8 +372,7 @@ def event_later(bench: Bench) -> None:
             write(bench, queue)
         while not bench.quiet(queue.take_calls):
             pass
-        write(bench, queue)
-        expect(bench.called(queue), f"no call for buffer {ahead}", "one, used_event names it")
+        call(bench, queue, f"one for buffer {ahead}, used_event names it")
 
 
 @statement("split.event-in-batch", MUST, "VIRTIO 2.7.7.2", F.EVENT_IDX)
@@ -402,8 +399,7 @@ def event_alone(bench: Bench) -> None:
     driver = split_driver(queue)
     driver.enable_calls()
     driver.set_avail_flags(1)
-    write(bench, queue)
-    expect(bench.called(queue), "no call", "one: used_event wants it, whatever flags say")
+    call(bench, queue, "one: used_event wants it, whatever the flags say")
 
 
 @statement("split.flag-alone", MUST, "VIRTIO 2.7.7.2")
@@ -413,8 +409,7 @@ def flag_alone(bench: Bench) -> None:
     driver = split_driver(queue)
     driver.set_used_event(0x8000)
     driver.enable_calls()
-    write(bench, queue)
-    expect(bench.called(queue), "no call", "one: the flag is clear, whatever used_event says")
+    call(bench, queue, "one: the flag is clear, whatever used_event says")
 
 
 # Kicks: available buffer notifications
@@ -619,8 +614,7 @@ def packed_event_later(bench: Bench) -> None:
             write(bench, queue)
         while not bench.quiet(queue.take_calls):
             pass
-        write(bench, queue)
-        expect(bench.called(queue), f"no call for descriptor {at % 8}", "one, it is named")
+        call(bench, queue, f"one for descriptor {at % 8}, which is named")
 
 
 @statement("packed.device-event", MUST, "VIRTIO 2.8.14", _PACKED)

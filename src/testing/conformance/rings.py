@@ -25,6 +25,18 @@ def write(bench: Bench, queue: Queue, data: bytes = b"\r\n") -> None:
     bench.used(queue)
 
 
+def call(bench: Bench, queue: Queue, why: str) -> None:
+    """Write something on a transmit queue, and check that the device calls for it.
+
+    The buffer is taken only after the call: taking it moves the event that the driver asks for, and
+    a device may look at that at any time after it has used the buffer.
+    """
+    queue.driver.add([b"\r\n"])
+    queue.notify()
+    expect(bench.called(queue), "no call", why)
+    bench.used(queue)
+
+
 def untouched(bench: Bench, queue: Queue, data: bytes = b"\r\n") -> bool:
     """Offer something on a ring that shall not work, kick, and tell whether nothing happens."""
     queue.driver.add([data])

@@ -18,6 +18,7 @@ from ..features import Feature
 from ..frontend import Frontend
 from ..split import SplitDriver
 from .bench import TX, Bench, split_driver
+from .rings import call
 from .statement import BrokenError, Level, NotApplicableError, expect, statement
 
 MUST, SHOULD = Level.MUST, Level.SHOULD
@@ -382,10 +383,7 @@ def another_call(bench: Bench) -> None:
         frontend.barrier()
         queue.take_calls()
         queue.driver.enable_calls()
-        queue.driver.add([b"\r\n"])
-        queue.notify()
-        bench.used(queue)
-        expect(bench.called(queue), "no call on the new descriptor", "one")
+        call(bench, queue, "one on the new descriptor")
 
 
 @statement("fd.another-kick", MUST, "vhost-user Ring states")
