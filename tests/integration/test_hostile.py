@@ -531,7 +531,7 @@ def table(memory: GuestMemory, *entries: tuple[int, int, int]) -> tuple[int, int
     return place, len(data)
 
 
-def indirect(*entries: tuple[int | None, int, int], size: int | None = None, flags: int = 0) -> Bad:
+def indirect(*entries: tuple[int | None, int, int], size: int | None = None) -> Bad:
     """Return what makes an indirect table of these entries; None is a good buffer."""
 
     def make(memory: GuestMemory, way: int) -> Descriptors:
@@ -540,7 +540,7 @@ def indirect(*entries: tuple[int | None, int, int], size: int | None = None, fla
             for addr, length, more in entries
         ]
         place, length = table(memory, *filled)
-        return [(place, length if size is None else size, DESC_F_INDIRECT | flags)]
+        return [(place, length if size is None else size, DESC_F_INDIRECT)]
 
     return make
 
@@ -553,6 +553,11 @@ def nested(memory: GuestMemory, way: int) -> Descriptors:
 def in_a_list(memory: GuestMemory, way: int) -> Descriptors:
     inner = table(memory, (good(memory), 8, way))
     return [(good(memory), 8, DESC_F_NEXT | way), (*inner, DESC_F_INDIRECT)]
+
+
+def chained_on(memory: GuestMemory, way: int) -> Descriptors:
+    inner = table(memory, (good(memory), 8, way))
+    return [(*inner, DESC_F_INDIRECT | DESC_F_NEXT), (good(memory), 8, way)]
 
 
 def one(addr: int, size: int, flags: int = 0) -> Bad:
@@ -571,6 +576,7 @@ HOSTILE: dict[str, tuple[Bad, str]] = {
     ),
     "indirect in indirect": (nested, "indirect"),
     "indirect in a list": (in_a_list, "indirect"),
+    "indirect with a list": (chained_on, "indirect"),
     "indirect of 17 bytes": (indirect((None, 8, 0), size=17), "table of 17 bytes"),
     "indirect of no bytes": (indirect((None, 8, 0), size=0), "table of 0 bytes"),
     "indirect of 2^32 - 16 bytes": (indirect((None, 8, 0), size=0xFFFF_FFF0), "4294967280 bytes"),
@@ -1005,6 +1011,27 @@ def test_log_all_without_a_log(pair: Pair, features: int) -> None:
                 flags=VRING_F_LOG,
             )
         converse(console, peer)
+
+
+@FORMATS
+def test_a_log_event_that_cannot_be_signalled(pair: Pair, features: int) -> None:
+    """A log's event that is full, and made to block, holds nothing up."""
+    log = LogArea(-(-(GUEST + SIZE) // (8 * PAGE)), 0)
+    with (
+        boot(pair.daemon, features=features) as console,
+        attach(pair.daemon) as peer,
+        memfd(log.size) as bitmap,
+    ):
+        event = os.eventfd(0)
+        try:
+            os.eventfd_write(event, (1 << 64) - 2)
+            console.frontend.set_log_fd(event)
+            os.set_blocking(event, True)
+            console.frontend.start_log(log, bitmap)
+            for _ in range(10):
+                converse(console, peer)
+        finally:
+            os.close(event)
 
 
 @FORMATS
