@@ -91,16 +91,15 @@ class Shared:
         self.folder = folder
         options = ["--max-ports", str(MAX_PORTS)]
         for port in ("second,console", "data", "org.qemu.guest_agent.0"):
-            options += ["--port", self.described(port)]
+            name = port.partition(",")[0]
+            options += ["--port", f"name={port},backend=unix,path={folder}/{name}."]
         self.daemon = ends.enter_context(Daemon(folder, "unix", 1, *options))
         self.guest = ends.enter_context(Qemu(self.daemon.sockets[0], MAX_PORTS))
 
-    def described(self, port: str) -> str:
-        """Return what --port takes for a port: its name, and what else it is."""
-        return f"name={port},backend=unix,path={self._path(port.partition(',')[0])}"
-
-    def _path(self, name: str) -> str:
-        return str(self.folder / name)
+    def add(self, name: str) -> None:
+        """Give the guest another port."""
+        address = f"{self.folder}/{name}.0"
+        self.command("port", "add", self.name, f"name={name},backend=unix,path={address}")
 
     @property
     def name(self) -> str:
@@ -116,7 +115,7 @@ class Shared:
     def attach(self, name: str) -> socket.socket:
         """Return a connection to the port of this name."""
         peer = socket.socket(socket.AF_UNIX)
-        peer.connect(self.daemon.data[0] if name == "console0" else f"{self._path(name)}0")
+        peer.connect(self.daemon.data[0] if name == "console0" else f"{self.folder}/{name}.0")
         return peer
 
 

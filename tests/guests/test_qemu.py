@@ -112,7 +112,7 @@ def test_a_client_stays_while_the_machine_is_reset_as_it_prints(
     console: Console, shared: Shared
 ) -> None:
     console.send(b"yes the one before\n")
-    console.until(rb"(the one before\r\n){100}")
+    console.until(rb"(the one before\r\n){9}")
     shared.guest.ask("system_reset")
     console.until(rb"Linux version")
     console.until(PROMPT)
@@ -124,15 +124,6 @@ def test_the_console_goes_on_after_suspend_to_ram(console: Console, shared: Shar
     shared.guest.expect_event("SUSPEND")
     shared.guest.ask("system_wakeup")
     console.until(rb"awake\r\n")
-    console.until(PROMPT)
-    console.run(b"true")
-
-
-def test_the_console_goes_on_after_its_driver_was_taken_away(console: Console) -> None:
-    # The shell loses its terminal with the driver, and init starts another.
-    drivers = b"/sys/bus/virtio/drivers/virtio_console"
-    console.send(b"setsid sh -c 'cd %s; echo virtio0 > unbind; echo virtio0 > bind' &\n" % drivers)
-    console.until(rb"Linux version")
     console.until(PROMPT)
     console.run(b"true")
 
@@ -160,13 +151,13 @@ def test_each_port_carries_its_own_bytes(console: Console, shared: Shared) -> No
 
 
 def test_a_second_console_has_a_login_of_its_own(console: Console, shared: Shared) -> None:
-    console.run(b"{ getty -n -l /bin/sh 0 hvc1 & pid=$!; }")
+    console.run(b"{ (setsid getty -n -l /bin/sh 0 hvc1; true) & }")
     with shared.attach("second") as peer:
         person = Console(peer.fileno())
         person.until(rb"# ")
         person.send(b"tty; exit\n")
         person.until(rb"\n/dev/hvc1\r\n")
-    console.run(b"wait $pid")
+    console.run(b"wait")
 
 
 def test_5_mib_come_in_through_a_generic_port_unchanged(console: Console, shared: Shared) -> None:
@@ -203,7 +194,7 @@ def test_a_console_that_is_not_the_first_has_its_own_size(console: Console, shar
 
 def test_a_port_comes_and_goes_while_the_guest_runs(console: Console, shared: Shared) -> None:
     for _ in range(2):
-        shared.command("port", "add", shared.name, shared.described("later"))
+        shared.add("later")
         link = b"/dev/virtio-ports/later"
         console.run(b"until [ -e %s ]; do usleep 1000; done" % link)
         with shared.attach("later") as person:
@@ -216,7 +207,7 @@ def test_a_port_comes_and_goes_while_the_guest_runs(console: Console, shared: Sh
 
 
 def test_a_port_can_be_removed_while_a_process_reads_it(console: Console, shared: Shared) -> None:
-    shared.command("port", "add", shared.name, shared.described("gone"))
+    shared.add("gone")
     console.run(b"until [ -e /dev/virtio-ports/gone ]; do usleep 1000; done")
     with shared.attach("gone") as person:
         person.sendall(b"one\n")
