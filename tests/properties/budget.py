@@ -22,8 +22,15 @@ class Machine(RuleBasedStateMachine):
     """A machine that gives back what it has even while a failure's traceback is kept."""
 
     def teardown(self) -> None:
-        traceback.clear_frames(sys.exc_info()[2])
-        self.close()
+        try:
+            if sys.exc_info()[2] is None:
+                self.finish()
+        finally:
+            traceback.clear_frames(sys.exc_info()[2])
+            self.close()
+
+    def finish(self) -> None:
+        """Check what must be true at the end, unless something was found before."""
 
     def close(self) -> None:
         """Give everything back; `initialize` may not have been run."""
@@ -38,6 +45,7 @@ def run(machine: type[Machine], *arguments: Any, examples: int, steps: int) -> N
         database=None,
         deadline=None,
         print_blob=True,
+        report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, Phase.shrink),
     )
