@@ -11,8 +11,10 @@ import os
 import sys
 import traceback
 from typing import Any
+from unittest import mock
 
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis.internal.conjecture import providers
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 _ASKED = int(os.environ.get("VDC_EXAMPLES", "0"))
@@ -49,4 +51,8 @@ def run(machine: type[Machine], *arguments: Any, examples: int, steps: int) -> N
         suppress_health_check=list(HealthCheck),
         phases=(Phase.generate, Phase.shrink),
     )
-    run_state_machine_as_test(lambda: machine(*arguments), settings=chosen)
+    # Hypothesis tries numbers that it finds in the modules loaded, and keeps them in files: which
+    # examples there are would depend on the tests that ran before.
+    none = getattr(providers, "Constants", None)
+    with mock.patch.object(providers, "_get_local_constants", none, create=True):
+        run_state_machine_as_test(lambda: machine(*arguments), settings=chosen)

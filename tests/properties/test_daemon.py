@@ -3,7 +3,7 @@
 The guest writes buffers of any layout, on rings that are stopped and started again and connections
 that break; the reader types and pauses, at a blocking port so long that buffers are held. At the
 end each has every byte of the other, once and in order. One daemon goes on through all examples of
-a test. See `budget` for more examples than these.
+a test. VDC_EXAMPLES=n tries more: see `budget`.
 """
 
 from __future__ import annotations

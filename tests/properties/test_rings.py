@@ -3,7 +3,7 @@
 The model is one list of every buffer ever offered, and how many of them were published, popped,
 pushed, used and reaped: each is a first part of the one before. All bytes of all buffers, and those
 between them, are compared after each step, and every page that changed is looked up in the dirty
-log while there is one. `budget` says how to have more examples than these few.
+log while there is one. VDC_EXAMPLES=n tries more: see `budget`.
 """
 
 from __future__ import annotations
