@@ -38,7 +38,7 @@ MOST_PORTS = 127
 LONGEST_NAME = 200
 
 #: Bounds of a journal's rings, in bytes.
-SMALLEST_RING, LARGEST_RING = 1 << 12, 1 << 30
+SMALLEST_OUTPUT, SMALLEST_INPUT, LARGEST_RING = 1 << 16, 1 << 12, 1 << 30
 
 #: No reader may keep its guest waiting longer than an hour.
 LONGEST_STALL_MS = 3_600_000
@@ -297,8 +297,8 @@ def _backend(table: PortTable, where: str) -> Backend:
 def _port(table: PortTable, port_id: int, where: str) -> Port:
     """Return the port of `table`, checked as far as it stands alone."""
     _check_name(table.name, where)
-    _check_size(f"{where}: output-bytes", table.output_bytes, SMALLEST_RING, LARGEST_RING)
-    _check_size(f"{where}: input-bytes", table.input_bytes, SMALLEST_RING, LARGEST_RING)
+    _check_size(f"{where}: output-bytes", table.output_bytes, SMALLEST_OUTPUT, LARGEST_RING)
+    _check_size(f"{where}: input-bytes", table.input_bytes, SMALLEST_INPUT, LARGEST_RING)
     if not 0 <= table.stall_ms <= LONGEST_STALL_MS:
         raise ConfigError(
             f"{where}: stall-ms must be from 0 to {LONGEST_STALL_MS}, not {table.stall_ms}"

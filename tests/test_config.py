@@ -171,7 +171,7 @@ def test_a_console_port_drops_unless_it_is_said_otherwise() -> None:
 def test_everything_about_a_port_can_be_said() -> None:
     text = (
         "id=9,name=c,backend=network,host=0.0.0.0,tcp-port=7,console=true,overflow=block,"
-        "output-bytes=4096,input-bytes=8192,stall-ms=0"
+        "output-bytes=131072,input-bytes=8192,stall-ms=0"
     )
     assert ports(text)[1] == Port(
         id=9,
@@ -179,7 +179,7 @@ def test_everything_about_a_port_can_be_said() -> None:
         backend=Network("0.0.0.0", 7),
         console=True,
         overflow=Overflow.BLOCK,
-        output_bytes=4096,
+        output_bytes=131072,
         input_bytes=8192,
         stall_ms=0,
     )
@@ -261,7 +261,7 @@ def test_how_sizes_and_notifications_go_reaches_the_guest() -> None:
         ("name=console0,backend=pty", "another port has the name console0"),
         (
             "name=a,backend=pty,output-bytes=5000",
-            "a power of two from 4096 to 1073741824, not 5000",
+            "a power of two from 65536 to 1073741824, not 5000",
         ),
         ("name=a,backend=pty,input-bytes=2048", "input-bytes must be a power of two from 4096"),
         ("name=a,backend=pty,output-bytes=2147483648", "output-bytes must be a power of two"),
@@ -449,7 +449,7 @@ def test_everything_about_a_guest_can_be_said() -> None:
         backend = "pty"
         link = "/tmp/l"
         overflow = "drop"
-        output-bytes = 4096
+        output-bytes = 131072
         input-bytes = 8192
         stall-ms = 7
         [[guest.port]]
@@ -487,7 +487,7 @@ def test_everything_about_a_guest_can_be_said() -> None:
                     name="a",
                     backend=Pty("/tmp/l"),
                     console=False,
-                    output_bytes=4096,
+                    output_bytes=131072,
                     input_bytes=8192,
                     stall_ms=7,
                 ),

@@ -12,11 +12,12 @@ import logging
 import os
 import signal
 import socket
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from .. import config, orders
-from ..errors import ConsoleError, FrontendError
+from ..errors import ConsoleError, FrontendError, GuestError
 from ..health import Health, PortHealth
 from ..journal import Journal
 from . import state
@@ -34,8 +35,10 @@ from .report import Report
 from .vhost_user import session as fx
 from .virtqueue.ring import RING_FEATURES, Ring
 
-#: The longest chain where the journal sets no limit of its own.
+#: The longest chain that is read where the journal sets no limit of its own.
 _LONGEST_CHAIN = 1 << 20
+
+_ANY_SIZE = 1 << 64
 
 #: VHOST_USER_CONFIG's flag: the frontend writes on its own, for a guest that moved.
 _MIGRATION = 1
@@ -74,6 +77,8 @@ class Guest:
 
         self._audiences: dict[int, Audience] = {}
         self._frozen = False
+        self._loaded: state.Loaded | None = None
+        self._saved: list[Port] = []
         self._new_driver = True
         self._session: fx.Session
         self._console = Console(
@@ -95,9 +100,16 @@ class Guest:
             changed=self._report.send,
         )
 
-    def _add_port(self, described: config.Port, journal_fd: int, endpoint: int | None) -> None:
-        journal = Journal(journal_fd)
-        os.close(journal_fd)
+    def _add_port(self, described: config.Port, journal_fd: int, endpoint_fd: int | None) -> None:
+        try:
+            journal = Journal(journal_fd)
+            endpoint = self._endpoint(described.backend, endpoint_fd)
+        except OSError:
+            if endpoint_fd is not None:
+                os.close(endpoint_fd)
+            raise
+        finally:
+            os.close(journal_fd)
         port = Port(
             described.id,
             described.name,
@@ -106,7 +118,6 @@ class Guest:
             console=described.console,
             blocking=described.overflow is config.Overflow.BLOCK,
         )
-        self._console.add(port)
 
         def changed() -> None:
             self._console.control.host_changed(port)
@@ -118,17 +129,14 @@ class Guest:
                 self._queues.config_changed()
 
         audience = Audience(
-            port,
-            self._endpoint(described.backend, endpoint),
-            self._poller,
-            described.stall_ms,
-            self._log,
-            changed,
-            resized,
+            port, endpoint, self._poller, described.stall_ms, self._log, changed, resized
         )
+        if self._frozen:
+            audience.freeze()
         self._audiences[port.id] = audience
-        if endpoint is None:
+        if endpoint_fd is None:
             self._poller.on_signal(signal.SIGWINCH, audience.decide_size)
+        self._console.add(port)
         self._queues.reconnect()
 
     def _remove_port(self, port: Port) -> None:
@@ -240,29 +248,49 @@ class Guest:
     # What the queues carry; see `queues.Carrier`
 
     def kind(self, index: int) -> tuple[bool, int]:
-        """Return whether the device writes into the queue's buffers, and a chain's most bytes."""
+        """Return whether the device writes into the queue's buffers, and a chain's most bytes.
+
+        A buffer to be filled may have any size: nothing more than there is to say goes in.
+        """
         role, port = self._console.role(index)
-        longest = port.output.size if port and role is Role.OUTPUT else _LONGEST_CHAIN
-        return role.writable, longest
+        if role.writable:
+            return True, _ANY_SIZE
+        return False, port.output.size if port else _LONGEST_CHAIN
 
     def started(self, index: int, ring: Ring) -> None:
         """Begin the control dialogue anew with a driver that has used nothing yet.
 
         Either control queue alone may have come round to its beginning.
         """
+        if self._loaded is not None:
+            self._loaded.apply()
+            self._loaded = None
         self._thaw()
-        match self._console.role(index)[0]:
+        role, port = self._console.role(index)
+        control = self._console.control
+        match role:
+            case Role.OUTPUT if port:
+                port.come_back()
             case Role.CONTROL_TO_GUEST:
                 self._new_driver = ring.fresh
             case Role.CONTROL_FROM_GUEST if ring.fresh and self._new_driver:
-                self._console.control.reset()
+                control.reset()
             case Role.CONTROL_FROM_GUEST:
-                self._console.control.presume()
+                control.presume(told=not self._new_driver)
 
-    def stopped(self, index: int) -> None:
-        """Let nobody wait for room for a buffer that cannot come any more."""
+    def leaving(self, index: int, ring: Ring) -> None:
+        """Take what is held: the guest's last words must not go with it."""
         role, port = self._console.role(index)
         if port and role is Role.OUTPUT:
+            with suppress(GuestError):
+                port.take_rest(ring)
+
+    def stopped(self, index: int, ring: Ring) -> None:
+        """Keep what is held, in case that those were the guest's last words."""
+        role, port = self._console.role(index)
+        if port and role is Role.OUTPUT:
+            with suppress(GuestError):
+                port.remember(ring)
             port.holding = False
 
     def work(self, index: int, ring: Ring, enabled: bool) -> Work:
@@ -315,24 +343,33 @@ class Guest:
 
     def save(self) -> bytes:
         """Return the console's state; until the guest goes on nothing here changes it."""
-        self._frozen = True
-        for audience in self._audiences.values():
-            audience.freeze()
+        self._freeze()
+        self._saved = [*self._console.ports.values()]
         return state.save(self._console)
 
     def load(self, data: bytes) -> None:
-        """Become the console of that state. Raises RefusedError when it cannot be."""
-        state.load(self._console, data)
-        self._report.changed()
+        """Become the console of that state once a queue starts. Raises RefusedError."""
+        self._loaded = None
+        self._loaded = state.load(self._console, data)
+        self._freeze()
 
     def moved(self) -> None:
         """Give up what went with the guest."""
-        for port in self._console.ports.values():
+        for port in self._saved:
             port.forget()
+            port.come_back()
 
     def _gone(self) -> None:
         self._queues.release()
+        for port in self._console.ports.values():
+            port.stay_away()
+        self._loaded = None
         self._thaw()
+
+    def _freeze(self) -> None:
+        self._frozen = True
+        for audience in self._audiences.values():
+            audience.freeze()
 
     def _thaw(self) -> None:
         if self._frozen:

@@ -71,8 +71,11 @@ class Carrier(Protocol):
     def work(self, index: int, ring: Ring, enabled: bool) -> Work:
         """Return what serving the queue means while it is `enabled` or not."""
 
-    def stopped(self, index: int) -> None:
-        """Hear that a queue does not run any more."""
+    def leaving(self, index: int, ring: Ring) -> None:
+        """Take what can be taken from a queue that runs: its frontend has gone."""
+
+    def stopped(self, index: int, ring: Ring) -> None:
+        """Hear that a queue does not run any more; `ring` can be looked at now, and not later."""
 
     def reset(self) -> None:
         """Forget what the guest said; no queue runs."""
@@ -256,6 +259,10 @@ class Queues:
         for queue in self._running:
             self._mark(queue)
         self.drain_all()  # what the guest wrote before it went is still in its memory
+        for queue in self._running:
+            if queue.ring is not None and queue.enabled:
+                self._carrier.leaving(queue.index, queue.ring)
+                queue.ring.publish()
         self._fault = None
         for queue in self._queues.values():
             self._stop(queue)
@@ -589,11 +596,11 @@ class Queues:
         """Take a ring out of service; its index is kept."""
         if queue.ring is None:
             return
-        queue.base = queue.ring.index
-        queue.ring = None
+        ring, queue.ring = queue.ring, None
+        queue.base = ring.index
         queue.work = IDLE
         self._running.remove(queue)
-        self._carrier.stopped(queue.index)
+        self._carrier.stopped(queue.index, ring)
 
     def _watch_kick(self, queue: _Queue, fd: int | None) -> None:
         kick = _keep(fd)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from ..config import MOST_PORTS
 from ..errors import RefusedError
 from .console.control import Event, State
 from .console.device import Console
@@ -46,6 +47,7 @@ class _Port(msgspec.Struct, array_like=True, kw_only=True):
 class _Device(msgspec.Struct, array_like=True, kw_only=True):
     kind: str
     version: int
+    promised: int
     ports: list[_Port]
     waiting: list[tuple[int, Event, bytes]]
 
@@ -67,6 +69,7 @@ def save(console: Console) -> bytes:
         _Device(
             kind=_KIND,
             version=_VERSION,
+            promised=control.promised,
             ports=[_describe(port, control.state(port.id)) for port in console.ports.values()],
             waiting=control.waiting,
         )
@@ -92,11 +95,33 @@ def _describe(port: Port, state: State) -> _Port:
     )
 
 
-def load(console: Console, data: bytes) -> None:
-    """Let `console` go on where the state in `data` was taken.
+class Loaded:
+    """A state that fits a console, which nothing may change until it is applied or given up."""
 
-    Raises RefusedError, with nothing changed, when it is no such state or the console has no such
-    ports.
+    def __init__(self, console: Console, device: _Device) -> None:
+        self._console = console
+        self._device = device
+
+    def apply(self) -> None:
+        """Let the console go on where the state was taken, with the features as they are chosen."""
+        control, ports = self._console.control, self._device.ports
+        control.promised = self._device.promised
+        control.restore({port.id: port.state for port in ports}, self._device.waiting)
+        for saved in ports:
+            port = self._console.ports[saved.id]
+            port.opened = saved.opened
+            if port.size == (0, 0):
+                port.size = (saved.columns, saved.rows)
+            port.adopt_output(saved.seen, saved.head, saved.output)
+            port.adopt_input(saved.tail, saved.input)
+        for port in self._console.ports.values():
+            control.settle(port)
+
+
+def load(console: Console, data: bytes) -> Loaded:
+    """Return the state in `data`, fit for `console`.
+
+    Raises RefusedError when it is no such state, or one of other ports than the console's.
     """
     try:
         head = _head.decode(data)
@@ -106,23 +131,16 @@ def load(console: Console, data: bytes) -> None:
                 f"only version {_VERSION} of {_KIND!r} is known here"
             )
         device = _device.decode(data)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise RefusedError(f"no device state: {error}") from None
+    if not 0 <= device.promised <= MOST_PORTS:
+        raise RefusedError(f"the device state has room for {device.promised} ports")
     _check(console, device.ports)
     for port_id, event, message in device.waiting:
         known = port_id in console.ports or event is Event.PORT_REMOVE
         if not known or not 8 <= len(message) <= _LONGEST_MESSAGE:
             raise RefusedError(f"the device state has an impossible message for port {port_id}")
-    console.control.restore({port.id: port.state for port in device.ports}, device.waiting)
-    for saved in device.ports:
-        port = console.ports[saved.id]
-        port.opened = saved.opened
-        if port.size == (0, 0):
-            port.size = (saved.columns, saved.rows)
-        port.adopt_output(saved.seen, saved.head, saved.output)
-        port.adopt_input(saved.tail, saved.input)
-    for port in console.ports.values():
-        console.control.settle(port)
+    return Loaded(console, device)
 
 
 def _check(console: Console, saved: Iterable[_Port]) -> None:
@@ -142,7 +160,17 @@ def _check(console: Console, saved: Iterable[_Port]) -> None:
             raise RefusedError(f"the device state of port {each.id} has impossible offsets")
         if len(each.output) > min(port.output.size, each.head - each.seen):
             raise RefusedError(f"port {each.id} has no room for the state's output")
+        if (
+            port.blocking
+            and port.output.head - port.output.seen + len(each.output) > port.output.size
+        ):
+            raise RefusedError(
+                f"port {each.id} has no room for the state's output: read what it has first"
+            )
         if len(each.input) + len(port.input) > port.input.size:
-            raise RefusedError(f"port {each.id} has no room for the state's input")
+            raise RefusedError(
+                f"port {each.id} has no room for the state's input: {len(port.input)} bytes were "
+                "typed here before the guest came"
+            )
         if max(each.columns, each.rows) > 0xFFFF or min(each.columns, each.rows) < 0:
             raise RefusedError(f"the device state of port {each.id} has an impossible size")

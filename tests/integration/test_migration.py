@@ -13,7 +13,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from scene import boot, exactly, noise, nothing_to_read, wait_port
+from scene import boot, exactly, noise, nothing_to_read, port_of, wait_port
+from vhost_device_console import config, monitor
 from vhost_device_console.testing import (
     ConsoleDriver,
     Feature,
@@ -124,11 +125,17 @@ class Move:
         """Go on at another daemon, in the memory that was copied."""
         os.pwrite(self.fd, self.copy, self.region.mmap_offset)
 
+        features = self.frontend.features
+
         def talk(frontend: Frontend) -> None:
-            frontend.negotiate(self.features, FRONTEND_FEATURES)
+            # The guest's features are not told before the device is started, after the state.
+            frontend.get_features()
+            frontend.set_protocol_features(frontend.get_protocol_features() & FRONTEND_FEATURES)
+            frontend.set_owner()
             frontend.set_backend_req_fd()
             frontend.add_memory(self.memory)
             frontend.load_state(state)
+            frontend.features = features
             resume_like_qemu(frontend, self.memory)
 
         self.frontend.conversation = talk
@@ -325,3 +332,97 @@ def test_a_state_that_makes_no_sense_is_refused_and_changes_nothing(two: Two, ch
         move.stay()
         with client(source) as peer:
             assert exactly(peer, 6) == b"unread"
+
+
+def test_a_state_whose_guest_never_came_is_forgotten(two: Two) -> None:
+    """The move failed after the state had arrived; the next attempt doubles nothing."""
+    source, destination = two
+    with moving(source, packed=False) as move:
+        console = move.console
+        console.port.throttle()
+        with client(source) as peer:
+            peer.sendall(b"typed")
+            wait_port(source, readers=1)
+            console.write(b"seen")
+            exactly(peer, 4)
+        console.write(b"unseen")
+        move.begin()
+        state = move.finish()
+        for _ in range(2):
+            with Frontend(destination.sockets[0], timeout=WITHIN) as frontend:
+                frontend.negotiate()
+                frontend.load_state(state)
+        with client(destination) as peer:
+            move.arrive(destination, state)
+            assert exactly(peer, 6) == b"unseen"
+            console.port.unthrottle()
+            assert console.read(5) == b"typed"
+            console.write(b"|")
+            assert exactly(peer, 1) == b"|"
+            assert nothing_to_read(peer)
+
+
+def test_nothing_of_a_guest_is_shown_before_it_comes(two: Two) -> None:
+    source, destination = two
+    with moving(source, packed=False) as move:
+        move.console.write(b"unseen")
+        move.begin()
+        state = move.finish()
+        with client(destination) as peer:
+            with Frontend(destination.sockets[0], timeout=WITHIN) as frontend:
+                frontend.negotiate()
+                frontend.load_state(state)
+                assert port_of(destination)["output"] == 0
+            with boot(destination) as other:
+                other.write(b"another guest")
+                assert exactly(peer, 13) == b"another guest"
+
+
+def test_the_size_of_the_destination_is_told_to_the_guest(two: Two) -> None:
+    source, destination = two
+    resize(source, "c.sock0", 80, 25)
+    resize(destination, "d.sock0", 132, 50)
+    with moving(source, packed=False) as move:
+        console = move.console
+        console.wait_until(lambda: console.port.size == (80, 25), "the first size")
+        move.begin()
+        move.arrive(destination, move.finish())
+        console.wait_until(lambda: console.port.size == (132, 50), "the second size")
+
+
+def resize(daemon: Daemon, guest: str, columns: int, rows: int) -> None:
+    monitor.change(daemon.monitor, monitor.Resize(guest, "0", columns, rows))
+
+
+def test_a_guest_is_told_of_no_port_of_the_destination_it_has_no_queues_for(
+    daemon: StartDaemon, folder: Path
+) -> None:
+    source = daemon("unix")
+    more = f"name=more,backend=unix,path={folder}/more"
+    destination = daemon("unix", 1, "--port", more, socket_path="d.sock")
+    with moving(source, packed=False) as move, client(destination) as peer:
+        move.begin()
+        move.arrive(destination, move.finish())
+        move.console.write(b"here")
+        assert exactly(peer, 4) == b"here"
+        assert [*move.console.ports] == [0]
+
+
+def test_what_is_typed_to_a_port_that_came_after_the_state_was_saved_stays(
+    daemon: StartDaemon, folder: Path
+) -> None:
+    source = daemon("unix", 1, "--max-ports", "2")
+    with moving(source, packed=False, queues=6) as move:
+        move.begin()
+        move.finish()
+        text = f"name=late,backend=unix,path={folder}/late,console"
+        monitor.change(
+            source.monitor, monitor.PortAdd("c.sock0", config.parse_port(text, "a test"))
+        )
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(f"{folder}/late")
+            peer.sendall(b"typed")
+            move.frontend.close()
+            with boot(source, queue_count=6) as guest:
+                guest.wait_until(lambda: 1 in guest.ports, "the late port")
+                assert guest.ports[1].read(5) == b"typed"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import socket
 import time
+from collections.abc import Callable
 from threading import Thread
 from typing import Any
 
 import pytest
 from scene import (
     MARKER,
+    Pair,
     assert_same,
     attach,
     boot,
@@ -24,7 +26,15 @@ from scene import (
     unread,
     wait_port,
 )
-from vhost_device_console.testing import DRIVER_FEATURES, Buffer, ConsoleDriver, Feature, Queue
+from vhost_device_console.testing import (
+    DRIVER_FEATURES,
+    Buffer,
+    ConsoleDriver,
+    Feature,
+    Frontend,
+    Queue,
+    stop_like_qemu,
+)
 
 from conftest import StartDaemon
 from launch import WITHIN, receive_until, until
@@ -365,3 +375,29 @@ def test_reader_gets_nothing_that_is_not_there(daemon: StartDaemon) -> None:
         assert nothing_to_read(peer)
         console.write(b"x")
         assert exactly(peer, 1) == b"x"
+
+
+# The guest's last words
+
+
+@pytest.mark.parametrize("stop", [Frontend.close, stop_like_qemu], ids=["killed", "stopped"])
+def test_what_is_held_when_the_guest_goes_is_not_lost_silently(
+    pair: Pair, stop: Callable[[Frontend], object]
+) -> None:
+    """Output that waits in the ring for a slow reader arrives; what gives way for it is marked."""
+    with boot(pair.daemon) as console, attach(pair.daemon) as peer:
+        data = numbered(3 << 20)
+        sent = 0
+        while console.port.in_flight < 20:
+            console.port.submit(data[sent : sent + 4096])
+            sent += 4096
+            console.pump()
+        stop(console.frontend)
+        end = data[sent - 4096 : sent]
+        got = bytearray()
+        while not got.endswith(end):
+            piece = peer.recv(1 << 20)
+            assert piece
+            got += piece
+        gaps = [int(count) for count in MARKER.findall(got)]
+        assert len(MARKER.sub(b"", bytes(got))) + sum(gaps) == sent

@@ -14,8 +14,14 @@ from typing import Any
 import pytest
 from scene import boot, exactly, footprint, noise, nothing_to_read, wait_footprint
 from vhost_device_console import config, monitor
-from vhost_device_console.testing import ConsoleDriver, Feature
-from vhost_device_console.testing.console import Event
+from vhost_device_console.testing import (
+    ConsoleDriver,
+    Control,
+    Event,
+    Feature,
+    GuestMemory,
+    connect_like_qemu,
+)
 from vhost_device_console.testing.features import DRIVER_FEATURES
 
 from conftest import StartDaemon
@@ -316,6 +322,30 @@ def test_a_guest_that_finds_another_worker_goes_on_typing(
             console.wait_control(Event.PORT_OPEN, port=1, value=1)
             console.ports[1].write(b"out")
             assert exactly(pipe, 3) == b"out"
+
+
+def test_a_guest_whose_question_went_down_with_a_worker_is_answered_by_the_next(
+    pipes: Callable[..., Daemon],
+) -> None:
+    """The worker took DEVICE_READY and died before the guest had buffers for the answer."""
+    daemon = pipes(0)
+    with (
+        GuestMemory() as memory,
+        connect_like_qemu(daemon.sockets[0], memory, timeout=WITHIN) as frontend,
+    ):
+        heard = frontend.queues[3]
+        heard.driver.add([Control(0, Event.DEVICE_READY, 1).encode()])
+        heard.notify()
+        heard.wait(WITHIN)
+        worker = daemon.workers()[0]
+        os.kill(worker, signal.SIGKILL)
+        daemon.until(lambda guests: guests[0]["worker"] not in (None, worker), "no successor")
+        frontend.reconnect()
+        said = frontend.queues[2]
+        said.driver.add(writable=[64])
+        said.notify()
+        (used,) = said.wait(WITHIN)
+        assert used.data == Control(0, Event.PORT_ADD, 0).encode()
 
 
 # Frontends with more or fewer queues

@@ -42,7 +42,10 @@ class Echoes:
     def started(self, index: int, _: Ring) -> None:
         self.calls.append(f"started {index}")
 
-    def stopped(self, index: int) -> None:
+    def leaving(self, index: int, _: Ring) -> None:
+        self.calls.append(f"leaving {index}")
+
+    def stopped(self, index: int, _: Ring) -> None:
         self.calls.append(f"stopped {index}")
 
     def work(self, _: int, ring: Ring, enabled: bool) -> Work:

@@ -53,7 +53,7 @@ def source() -> Console:
 
 def move(source: Console, destination: Console) -> Port:
     """Move the state and return the destination's first port."""
-    state.load(destination, state.save(source))
+    state.load(destination, state.save(source)).apply()
     return destination.ports[0]
 
 
@@ -94,6 +94,7 @@ def test_a_size_that_is_known_stays_and_the_guest_is_told(source: Console) -> No
 
 
 def test_a_port_that_is_only_here_is_told_to_the_guest(source: Console) -> None:
+    source.control.promised = 3
     destination = make(True, False, False)
     move(source, destination)
     assert struct.pack("<IHH", 2, Event.PORT_ADD, 0) in destination.control.replies
@@ -157,6 +158,41 @@ def test_other_ports_are_refused(source: Console, kinds: tuple[bool, ...]) -> No
     unchanged(make(*kinds), state.save(source), "same ports")
 
 
+def test_a_state_nested_without_end_is_refused(source: Console) -> None:
+    found = msgspec.msgpack.encode(fields(source))
+    nested = b"\x91" * 100_000 + b"\xc0"
+    unchanged(make(True, False), b"\x96" + found[1:] + nested, "no device state")
+
+
+@pytest.mark.parametrize("promised", [-1, 128, 1 << 31])
+def test_room_for_an_impossible_number_of_ports_is_refused(source: Console, promised: int) -> None:
+    found = fields(source)
+    found[2] = promised
+    unchanged(make(True, False), msgspec.msgpack.encode(found), "room for|no device state")
+
+
+def test_a_blocking_port_is_not_made_to_lose_what_nobody_has_read(source: Console) -> None:
+    destination = make(True, False)
+    port = destination.ports[0]
+    port.blocking = True
+    port.output.append(bytes(SIZE - 5))
+    unchanged(destination, state.save(source), "read what it has first")
+
+
+def test_a_guest_is_told_of_no_port_it_had_no_room_for_where_it_was(source: Console) -> None:
+    source.control.promised = 2
+    destination = make(True, False, False)
+    move(source, destination)
+    assert struct.pack("<IHH", 2, Event.PORT_ADD, 0) not in destination.control.replies
+
+
+def test_a_state_that_is_never_applied_changes_nothing(source: Console) -> None:
+    destination = make(True, False)
+    before = state.save(destination)
+    state.load(destination, state.save(source))
+    assert state.save(destination) == before
+
+
 NAMES = list(state._Port.__struct_fields__)  # noqa: SLF001 (the layout is what is tested)
 
 
@@ -183,7 +219,7 @@ def test_a_port_that_cannot_be_is_refused(
     source: Console, name: str, value: object, match: str
 ) -> None:
     found = fields(source)
-    ports = found[2]
+    ports = found[3]
     assert isinstance(ports, list)
     ports[0][NAMES.index(name)] = value
     unchanged(make(True, False), msgspec.msgpack.encode(found), match)
@@ -191,7 +227,7 @@ def test_a_port_that_cannot_be_is_refused(
 
 def test_the_same_port_twice_is_refused(source: Console) -> None:
     found = fields(source)
-    ports = found[2]
+    ports = found[3]
     assert isinstance(ports, list)
     ports.append(ports[0])
     unchanged(make(True, False), msgspec.msgpack.encode(found), "twice")
@@ -209,7 +245,7 @@ def test_output_that_a_smaller_journal_cannot_hold_is_refused() -> None:
 )
 def test_messages_that_cannot_be_are_refused(source: Console, message: list[object]) -> None:
     found = fields(source)
-    found[3] = [message]
+    found[4] = [message]
     unchanged(make(True, False), msgspec.msgpack.encode(found), "message|no device state")
 
 
@@ -220,7 +256,7 @@ def test_any_byte_changed_is_refused_or_harmless(source: Console) -> None:
     for at in range(len(data)):
         console = make(True, False)
         try:
-            state.load(console, data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :])
+            state.load(console, data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :]).apply()
         except RefusedError:
             continue
         harmless(console)

@@ -131,13 +131,16 @@ class Control:
         for port_id, event, message in waiting:
             self._waiting[port_id, event] = message
 
-    def presume(self) -> None:
+    def presume(self, *, told: bool) -> None:
         """Go on with a guest that talked to somebody else, nobody knows what about.
 
-        One that was told of its ports has added them, and has a console open; it would say so no
-        more. Does nothing once the guest has said something here.
+        One that was `told` of its ports has added them, and has a console open; it would say so no
+        more. One that was told nothing has asked. Does nothing once the guest has spoken here.
         """
-        if self._talking:
+        if self._talking or self._states:
+            return
+        if not told:
+            self._device_ready(True)
             return
         self._talking = True
         for port in self._ports.values():
@@ -224,6 +227,7 @@ class Control:
                 self._introduce(port)
             case _Do.OPEN:
                 port.opened = True
+                self.host_changed(port)
             case _Do.CLOSE:
                 port.opened = False
                 self.host_changed(port)
@@ -234,6 +238,7 @@ class Control:
 
     def _introduce(self, port: Port) -> None:
         self._talking = True
+        port.opened = False  # until the guest says so, of this port and no other of its number
         if port.console:
             self._send(port.id, Event.CONSOLE_PORT, 1)
             self.resized(port)  # Linux takes a size only after it knows the port for a console

@@ -40,9 +40,13 @@ class Queue(Protocol):
 
 
 class Watcher(Reader):
-    """A reader of a port's output; `stuck` while it has shown that it does not read."""
+    """A reader of a port's output, since it `joined` at that offset.
+
+    `stuck` while it has shown that it does not read.
+    """
 
     stuck = False
+    joined = 0
 
 
 class Port:
@@ -80,6 +84,8 @@ class Port:
         self.discarded = 0
         self.stalls = 0
         self._missed = 0
+        self._last_words = bytearray()  # held in a ring that was stopped
+        self._left = 0  # how many bytes those were
 
     @property
     def missed(self) -> int:
@@ -92,8 +98,18 @@ class Port:
         return self.console or self.attended or (self.opened and len(self.input) > 0)
 
     def attach(self) -> Watcher:
-        """Return a new reader: what nobody has seen yet is the first one's, others join live."""
-        watcher = Watcher(self.output, self.output.head if self.watchers else self.output.seen)
+        """Return a new reader: what nobody has seen yet is the first one's, others join live.
+
+        At a blocking port they join where the first one is: it may leave what it did not take.
+        """
+        if not self.watchers:
+            start = self.output.seen
+        elif self.blocking:
+            start = self.watchers[0].offset
+        else:
+            start = self.output.head
+        watcher = Watcher(self.output, start)
+        watcher.joined = start
         self.watchers.append(watcher)
         return watcher
 
@@ -112,9 +128,12 @@ class Port:
         """
         self.watchers.remove(watcher)
         self._missed += watcher.missed
+        left = watcher.offset - undelivered
+        if self.watchers:  # what the others joined too late for is seen by nobody any more
+            self._missed += max(0, min(other.joined for other in self.watchers) - left)
         if watcher.offset == self.output.seen:
             others = (other.offset for other in self.watchers)
-            self.output.seen = max(watcher.offset - undelivered, *others, 0)
+            self.output.seen = max(left, *others, 0)
 
     def stall(self) -> None:
         """Count the holder as stuck: it kept the guest waiting for the whole stall limit."""
@@ -164,6 +183,46 @@ class Port:
             self.input.begin_at(tail)
         self.input.feed(data)
         self.input.feed(later)
+
+    def take_rest(self, queue: Queue) -> None:
+        """Take what is held, since the guest will not wait: the oldest bytes give way.
+
+        A blocking port keeps those, and counts what it cannot take. Raises GuestError as `queue`
+        does.
+        """
+        while self.holding and (chain := queue.pop()) is not None:
+            if self.blocking:
+                self.discarded += chain.size
+                continue
+            for span in chain.spans:
+                self.output.append(span)
+            self.output.commit()
+            queue.push(chain.head, 0)
+        self.holding = False
+
+    def remember(self, queue: Queue) -> None:
+        """Copy what is held in a ring that stops; it counts if the guest never comes back for it.
+
+        Raises GuestError as `queue` does.
+        """
+        while self.holding and (chain := queue.pop()) is not None:
+            self._left += chain.size
+            if not self.blocking:
+                self._last_words += b"".join(chain.spans)
+                del self._last_words[: -self.output.size]
+        self.holding = False
+
+    def come_back(self) -> None:
+        """Drop what was remembered: the guest goes on, here or elsewhere."""
+        self._last_words.clear()
+        self._left = 0
+
+    def stay_away(self) -> None:
+        """Take what was remembered as `take_rest` does: the guest is gone for good."""
+        self.output.append(bytes(self._last_words))
+        self.output.commit()
+        self.discarded += self._left - len(self._last_words)
+        self.come_back()
 
     def forget(self) -> None:
         """Give up all that waits in both directions: it has gone where the guest went."""

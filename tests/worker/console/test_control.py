@@ -67,25 +67,25 @@ CLOSES = (False, False)
 @pytest.mark.parametrize(
     ("state", "event", "value", "after", "answers", "ignored", "opened"),
     [
-        (State.ABSENT, Event.PORT_READY, 1, State.READY, INTRODUCTION, 0, KEEPS),
+        (State.ABSENT, Event.PORT_READY, 1, State.READY, INTRODUCTION, 0, CLOSES),
         (State.ABSENT, Event.PORT_READY, 0, State.ABSENT, [], 1, KEEPS),
         (State.ABSENT, Event.PORT_OPEN, 1, State.ABSENT, [], 1, KEEPS),
         (State.ABSENT, Event.PORT_OPEN, 0, State.ABSENT, [], 1, KEEPS),
         (State.ABSENT, Event.DEVICE_READY, 1, State.ADDED, [ADD], 0, CLOSES),
         (State.ABSENT, Event.DEVICE_READY, 0, State.FAILED, [], 0, CLOSES),
-        (State.ADDED, Event.PORT_READY, 1, State.READY, INTRODUCTION, 0, KEEPS),
+        (State.ADDED, Event.PORT_READY, 1, State.READY, INTRODUCTION, 0, CLOSES),
         (State.ADDED, Event.PORT_READY, 0, State.FAILED, [], 0, CLOSES),
         (State.ADDED, Event.PORT_OPEN, 1, State.ADDED, [], 1, KEEPS),
         (State.ADDED, Event.PORT_OPEN, 0, State.ADDED, [], 1, KEEPS),
         (State.ADDED, Event.DEVICE_READY, 1, State.ADDED, [ADD], 0, CLOSES),
         (State.ADDED, Event.DEVICE_READY, 0, State.FAILED, [], 0, CLOSES),
-        (State.READY, Event.PORT_READY, 1, State.READY, INTRODUCTION, 0, KEEPS),
+        (State.READY, Event.PORT_READY, 1, State.READY, INTRODUCTION, 0, CLOSES),
         (State.READY, Event.PORT_READY, 0, State.FAILED, [], 0, CLOSES),
         (State.READY, Event.PORT_OPEN, 1, State.READY, [], 0, OPENS),
         (State.READY, Event.PORT_OPEN, 0, State.READY, [], 0, CLOSES),
         (State.READY, Event.DEVICE_READY, 1, State.ADDED, [ADD], 0, CLOSES),
         (State.READY, Event.DEVICE_READY, 0, State.FAILED, [], 0, CLOSES),
-        (State.FAILED, Event.PORT_READY, 1, State.READY, INTRODUCTION, 0, KEEPS),
+        (State.FAILED, Event.PORT_READY, 1, State.READY, INTRODUCTION, 0, CLOSES),
         (State.FAILED, Event.PORT_READY, 0, State.FAILED, [], 0, KEEPS),
         (State.FAILED, Event.PORT_OPEN, 1, State.FAILED, [], 1, KEEPS),
         (State.FAILED, Event.PORT_OPEN, 0, State.FAILED, [], 1, KEEPS),
@@ -326,14 +326,45 @@ def test_a_guest_that_talked_to_somebody_else_has_its_ports_and_its_console_open
 ) -> None:
     made = ports(True, False)
     control = promising(dict(enumerate(made)))
-    control.presume()
+    control.presume(told=True)
     assert [control.state(at) for at in (0, 1)] == [State.READY, State.READY]
     assert [port.opened for port in made] == [True, False]
 
 
+def test_a_guest_that_was_told_nothing_is_told_its_ports(control: Control, port: Port) -> None:
+    control.presume(told=False)
+    assert take(control) == [ADD]
+    assert not port.opened
+
+
+def test_nothing_is_presumed_of_a_device_that_could_not_be_set_up(control: Control) -> None:
+    say(control, Event.DEVICE_READY, 0)
+    control.presume(told=True)
+    assert control.state(0) is State.FAILED
+
+
+def test_a_new_port_is_closed_whatever_was_said_of_the_one_before(
+    control: Control, port: Port
+) -> None:
+    bring(control, State.ADDED)
+    control.remove(port)
+    control.add(port)
+    for event in (Event.PORT_READY, Event.PORT_OPEN, Event.PORT_READY):
+        say(control, event)
+    assert not port.opened
+
+
+def test_a_port_opened_for_what_a_departed_client_typed_is_said_to_be_open(ports: Ports) -> None:
+    made = ports(True, False)
+    control, generic = dialogue(made), made[1]
+    say(control, Event.PORT_READY, 1, 1)
+    generic.input.fed(1)
+    assert events(say(control, Event.PORT_OPEN, 1, 1)) == [(1, Event.PORT_OPEN, 1)]
+
+
 def test_nothing_is_presumed_of_a_guest_that_has_spoken(control: Control, port: Port) -> None:
     bring(control, State.FAILED)
-    control.presume()
+    control.presume(told=True)
     assert (control.state(0), port.opened) == (State.FAILED, False)
 
 

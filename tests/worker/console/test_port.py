@@ -501,3 +501,103 @@ def test_input_goes_on_at_the_guest_s_offset(port: Port) -> None:
     port.adopt_input(SIZE - 3, b"around")
     assert (port.input.tail, port.input.head) == (SIZE - 3, SIZE + 3)
     assert port.input.copy() == b"around"
+
+
+# The guest's last words
+
+
+@pytest.fixture
+def held(port: Port, queue: Queue) -> Port:
+    """A port that holds 10 bytes in the ring for a reader that has a full journal before it."""
+    port.attach()
+    queue.write(bytes(SIZE))
+    queue.write(b"last ")
+    queue.write(b"words")
+    port.take_output(queue, MANY)
+    assert port.holding
+    return port
+
+
+def test_what_is_held_is_taken_when_the_guest_goes_and_the_oldest_give_way(
+    held: Port, queue: Queue
+) -> None:
+    held.take_rest(queue)
+    assert (held.output.copy(SIZE), queue.used[1:]) == (b"last words", [(1, 0), (2, 0)])
+    assert held.watchers[0].skip_lost() == 10
+    assert not held.holding
+
+
+def test_a_blocking_port_counts_what_it_cannot_take(held: Port, queue: Queue) -> None:
+    held.blocking = True
+    held.take_rest(queue)
+    assert (held.output.head, held.discarded, held.missed) == (SIZE, 10, 0)
+
+
+def test_a_port_that_holds_nothing_takes_nothing_more(port: Port, queue: Queue) -> None:
+    queue.write(b"not seen yet")
+    port.take_rest(queue)
+    assert port.output.head == 0
+
+
+def test_what_was_held_in_a_ring_that_stopped_counts_if_the_guest_stays_away(
+    held: Port, queue: Queue
+) -> None:
+    held.remember(queue)
+    assert held.output.head == SIZE
+    held.stay_away()
+    assert held.output.copy(SIZE) == b"last words"
+    assert held.discarded == 0
+
+
+def test_what_was_held_in_a_ring_that_goes_on_is_its_own(held: Port, queue: Queue) -> None:
+    held.remember(queue)
+    held.come_back()
+    held.stay_away()
+    assert (held.output.head, held.discarded) == (SIZE, 0)
+
+
+def test_a_blocking_port_counts_what_a_stopped_ring_held(held: Port, queue: Queue) -> None:
+    held.blocking = True
+    held.remember(queue)
+    held.stay_away()
+    assert (held.output.head, held.discarded) == (SIZE, 10)
+
+
+def test_no_more_is_remembered_than_the_journal_holds(held: Port, queue: Queue) -> None:
+    queue.write(b"x" * SIZE)
+    held.remember(queue)
+    held.stay_away()
+    assert (held.output.head, held.discarded) == (2 * SIZE, 10)
+    assert held.output.copy(SIZE) == b"x" * SIZE
+
+
+# Two readers
+
+
+def test_what_the_first_reader_left_and_the_others_came_too_late_for_is_counted(
+    port: Port, queue: Queue
+) -> None:
+    queue.write(b"taken by nobody")
+    port.take_output(queue, MANY)
+    first = port.attach()
+    port.attach()
+    port.detach(first, 0)
+    assert port.missed == 15
+
+
+def test_what_another_reader_will_take_is_not_counted(port: Port, queue: Queue) -> None:
+    first, _ = port.attach(), port.attach()
+    queue.write(b"for both")
+    port.take_output(queue, MANY)
+    port.detach(first, 0)
+    assert port.missed == 0
+
+
+def test_at_a_blocking_port_the_second_reader_loses_nothing_to_the_first(
+    pipe: Port, queue: Queue
+) -> None:
+    queue.write(b"taken by nobody")
+    pipe.take_output(queue, MANY)
+    first, second = pipe.attach(), pipe.attach()
+    pipe.detach(first, 0)
+    assert bytes(second.span()) == b"taken by nobody"
