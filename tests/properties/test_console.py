@@ -57,7 +57,6 @@ class Queue:
         self.give(*(memoryview(bytearray(size)) for size in sizes))
 
     def pop(self) -> Buffer | None:
-        assert self._popped is None
         self._popped = self.given.popleft() if self.given else None
         return self._popped
 
@@ -102,9 +101,9 @@ class Wire:
     before: int = 0  # how much more this port's journal counts
     seen: int = 0
     taken: int = 0  # the most that `seen` ever was
-    shared: bool = False  # by two readers at once: the second takes over where it is
     readers: list[Read] = field(default_factory=list)
     missed: int = 0  # by readers that are gone
+    discarded: int = 0
     ready: bool = False  # what the device heard of it
     opened: bool = False
 
@@ -210,9 +209,11 @@ class Consoles(Machine):
     # People
 
     def attach(self, wire: Wire) -> None:
-        reader = Read(wire.port.attach(), len(wire.written) if wire.readers else wire.seen)
+        start = wire.readers[0].offset if wire.port.blocking and wire.readers else None
+        if start is None:
+            start = len(wire.written) if wire.readers else wire.seen
+        reader = Read(wire.port.attach(), start)
         assert reader.watcher.offset == reader.joined
-        wire.shared |= bool(wire.readers)
         wire.readers.append(reader)
         self.attended(wire)
 
@@ -240,8 +241,11 @@ class Consoles(Machine):
         wire.port.detach(reader.watcher, undelivered)
         wire.readers.remove(reader)
         wire.missed += reader.missed
+        left = reader.offset - undelivered
+        if wire.readers:  # the others know nothing of what was before them
+            wire.missed += max(0, min(each.joined for each in wire.readers) - left)
         if reader.offset == wire.seen:
-            wire.seen = max(reader.offset - undelivered, *(e.offset for e in wire.readers), 0)
+            wire.seen = max(left, *(e.offset for e in wire.readers), 0)
         self.attended(wire)
 
     def stall(self, wire: Wire) -> None:
@@ -449,6 +453,31 @@ class Consoles(Machine):
         self.hear(1)
         self.traffic(turns, seed)
 
+    @rule(stopped=st.booleans(), back=st.booleans(), turns=TURNS, seed=SEED)
+    def go_away(self, stopped: bool, back: bool, turns: int, seed: int) -> None:
+        """Stop the rings, or vanish; what is held then counts unless the guest comes back."""
+        for wire in self.wires.values():
+            self.drain(wire, 64)
+            held = [*wire.out.given] if wire.port.holding else []
+            words = b"".join(span for each in held for span in each.spans)
+            if stopped:
+                wire.port.remember(wire.out)
+                if back:
+                    wire.port.come_back()
+                    wire.out.given.extend(held)
+                    continue
+                wire.port.stay_away()
+            else:
+                wire.port.take_rest(wire.out)
+            kept = 0 if wire.port.blocking else min(len(words), RING) if stopped else len(words)
+            wire.written += words[len(words) - kept :]
+            wire.discarded += len(words) - kept
+            assert not wire.port.holding
+        if stopped and back:
+            self.traffic(turns, seed)
+        else:
+            self.reboot(turns, seed)
+
     def start_rings(self) -> None:
         self.out, self.rx = Queue(), Queue()
         for wire in self.wires.values():
@@ -494,11 +523,10 @@ class Consoles(Machine):
                 len(typed) - wire.given if typed else wire.before,
                 wire.seen,
                 wire.taken,
-                wire.shared,
                 ready=wire.ready,
                 opened=wire.opened,
             )
-        state.load(moved, saved)
+        state.load(moved, saved).apply()
         self.console, self.wires = moved, wires
         self.traffic(turns, seed)
 
@@ -528,6 +556,7 @@ class Consoles(Machine):
         for wire in self.wires.values():
             assert wire.port.output.head == len(wire.written)
             assert wire.port.output.seen == wire.seen
+            assert wire.port.discarded == wire.discarded
             for reader in wire.readers:
                 assert reader.watcher.offset == reader.offset
                 assert reader.watcher.stuck == reader.stuck
@@ -536,7 +565,7 @@ class Consoles(Machine):
     @invariant()
     def a_blocking_generic_port_loses_nothing_that_nobody_has_taken(self) -> None:
         for wire in self.wires.values():
-            if wire.port.blocking and not wire.port.console and not wire.shared:
+            if wire.port.blocking and not wire.port.console:
                 assert len(wire.written) - wire.taken <= RING
 
     @invariant()
