@@ -10,11 +10,12 @@ Where clients are terminals, the size of the one that typed last is the port's.
 from __future__ import annotations
 
 import logging
+import select
 from collections.abc import Callable
 
 from .backends.base import Client, Endpoint
 from .console.port import Port, Watcher
-from .poller import HUP, IN, OUT, Poller
+from .poller import HUP, IN, OUT, Poller, Timer
 
 #: How long a client that will not type any more is kept without taking anything.
 _GRACE_S = 1.0
@@ -25,21 +26,31 @@ _NO_ROOM_S = 1.0
 #: A client's share of one round, in bytes.
 _MOST_PER_ROUND = 1 << 18
 
+#: The clients of a port at once.
+_MOST_CLIENTS = 256
+
+#: The input half has ended, which is told without waiting for input.
+_END = HUP | select.EPOLLRDHUP
+
 
 class _Seat:
-    """One client: `watcher` is its output half while there is one, `typing` its input half."""
+    """One client: `watcher` is its output half while there is one, `typing` its input half.
 
-    def __init__(self, client: Client, watcher: Watcher) -> None:
+    `grace` runs when it will not type any more.
+    """
+
+    def __init__(self, client: Client, watcher: Watcher, grace: Timer) -> None:
         self.client = client
         self.watcher: Watcher | None = watcher
+        self.grace = grace
+        self.taken = (0, 0)  # how far its output was when that was started
         self.typing = True
         self.paused = False  # the port's input has no room
-        self.polled = True  # for input; not after it hung up while paused
+        self.polled = True  # for input; not after its end was told while paused
         self.blocked = False  # its output has no room
         self.notice = b""  # of a gap, due before the bytes after it
         self.noticed = 0  # bytes of the last one that were written, and bytes after it
         self.since = 0
-        self.took = False  # something since the grace timer looked
 
 
 class Audience:
@@ -70,8 +81,7 @@ class Audience:
         self._frozen = False
         self._seats: list[_Seat] = []
         self._stall = poller.timer(self._stalled)
-        self._stall_mark = -1
-        self._grace = poller.timer(self._out_of_grace)
+        self._stall_mark = 0  # where the holder was when that was started
         self._no_room = poller.timer(self._listen)
         self._listen()
         self._arrive(0)
@@ -97,7 +107,16 @@ class Audience:
                 self._deafen(seat)
         try:
             while (client := self._endpoint.accept()) is not None:
-                self._seat(client)
+                if len(self._seats) < _MOST_CLIENTS or self._make_room():
+                    self._seat(client)
+                else:
+                    self._log.warning(
+                        "port %d: %s was turned away, since %d clients are here",
+                        self._port.id,
+                        client.name,
+                        len(self._seats),
+                    )
+                    client.close()
         except OSError as error:
             self._log.warning("cannot take another client, next try in a second: %s", error)
             fd = self._endpoint.fileno()
@@ -105,8 +124,24 @@ class Audience:
                 self._poller.forget(fd)
                 self._no_room.start(_NO_ROOM_S)
 
+    def _make_room(self) -> bool:
+        """Let one go whose input waits and has ended, first of all one that took no output."""
+        ended = [seat for seat in self._seats if not seat.polled]
+        if not ended:
+            return False
+        seat = min(ended, key=lambda seat: seat.watcher is not None)
+        self._log.warning(
+            "port %d: %s makes room for another: %d bytes that it typed are lost",
+            self._port.id,
+            seat.client.name,
+            seat.client.unread(),
+        )
+        self._let_go(seat)
+        return True
+
     def _seat(self, client: Client) -> None:
-        seat = _Seat(client, self._port.attach())
+        grace = self._poller.timer(lambda: self._out_of_grace(seat))
+        seat = _Seat(client, self._port.attach(), grace)
         self._seats.append(seat)
         self._listen_to(seat)
         self._poller.watch(
@@ -127,7 +162,7 @@ class Audience:
 
     def _readable(self, seat: _Seat, events: int) -> None:
         if seat.paused:
-            if events & HUP:
+            if events & _END:
                 # Reported for ever from here on; what is left to read waits for room.
                 self._poller.forget(seat.client.reads)
                 seat.polled = False
@@ -139,13 +174,12 @@ class Audience:
         if not room or self._frozen:
             seat.paused = True
             if seat.polled:
-                self._poller.want(seat.client.reads, 0)
+                self._poller.want(seat.client.reads, select.EPOLLRDHUP)
             return
         try:
             count = seat.client.read(room)
         except ConnectionError:
-            self._ended(seat)
-            self._deafen(seat)
+            self._let_go(seat)
             return
         if count:
             self._port.input.fed(count)
@@ -174,17 +208,23 @@ class Audience:
             self._poller.forget(seat.client.reads)
         if seat.watcher is None:
             self._leave(seat)
-        elif not seat.client.stays and self._grace.due is None:
-            self._grace.start(_GRACE_S)
+        elif not seat.client.stays:
+            seat.taken = self._taken(seat.watcher, seat.client)
+            seat.grace.start(_GRACE_S)
 
-    def _out_of_grace(self) -> None:
-        waiting = [seat for seat in self._seats if not seat.typing and not seat.client.stays]
-        for seat in waiting:
-            if not seat.took:
-                self._deafen(seat)
-            seat.took = False
-        if any(seat in self._seats for seat in waiting):
-            self._grace.start(_GRACE_S)
+    def _out_of_grace(self, seat: _Seat) -> None:
+        if seat.watcher is None:
+            return
+        taken = self._taken(seat.watcher, seat.client)
+        if taken == seat.taken and not self._frozen:
+            self._deafen(seat)
+        else:
+            seat.taken = taken
+            seat.grace.start(_GRACE_S)
+
+    @staticmethod
+    def _taken(watcher: Watcher, client: Client) -> tuple[int, int]:
+        return watcher.offset, client.on_its_way()
 
     # The size
 
@@ -198,12 +238,13 @@ class Audience:
         if self._fixed != (0, 0):
             size, by = self._fixed, "resize"
         else:
-            known = [seat for seat in self._seats if seat.client.size() != (0, 0)]
+            sizes = {seat: seat.client.size() for seat in self._seats}
+            known = [seat for seat in self._seats if sizes[seat] != (0, 0)]
             if not known:
                 self._port.size_by = ""
                 return
             decider = self._typist if self._typist in known else known[0]
-            size, by = decider.client.size(), decider.client.name
+            size, by = sizes[decider], decider.client.name
         self._port.size_by = by
         if size != self._port.size:
             self._port.size = size
@@ -239,7 +280,9 @@ class Audience:
                 self._deafen(seat)
                 continue
             if took:
-                progress = seat.took = True
+                progress = True
+                if seat.client.resizes:
+                    self.decide_size()
         self._mind_the_holder()
         return progress
 
@@ -291,26 +334,15 @@ class Audience:
         else:
             self._changed()
 
-    # The guest waits
+    # Both halves
 
-    def _mind_the_holder(self) -> None:
-        if not self._port.holding:
-            self._stall.stop()
-            self._stall_mark = -1
-            return
-        holder = self._port.holder
-        mark = -1 if holder is None else holder.offset
-        if mark != self._stall_mark:
-            self._stall_mark = mark
-            self._stall.start(self._stall_s)
-
-    def _stalled(self) -> None:
-        self._stall_mark = -1
-        self._port.stall()
-        self._changed()
+    def _let_go(self, seat: _Seat) -> None:
+        self._ended(seat)
+        self._deafen(seat)
 
     def _leave(self, seat: _Seat) -> None:
         self._seats.remove(seat)
+        seat.grace.stop()
         seat.client.close()
         if seat is self._typist:
             self._typist = None
@@ -319,11 +351,26 @@ class Audience:
         self._log.info("port %d: %s left", self._port.id, seat.client.name)
         self._changed()
 
+    # The guest waits
+
+    def _mind_the_holder(self) -> None:
+        holder = self._port.holder if self._port.holding else None
+        if holder is None or holder.stuck:
+            self._stall.stop()
+        elif self._stall.due is None or holder.offset != self._stall_mark:
+            self._stall_mark = holder.offset
+            self._stall.start(self._stall_s)
+
+    def _stalled(self) -> None:
+        self._port.stall()
+        self._changed()
+
     # The guest moves
 
     def freeze(self) -> None:
         """Let nothing more be read or typed: what waits goes where the guest goes."""
         self._frozen = True
+        self._stall.stop()
 
     def thaw(self) -> None:
         """Go on: the guest stayed, or another one came."""
@@ -333,10 +380,9 @@ class Audience:
     def close(self) -> None:
         """Let everyone go, and the endpoint."""
         for seat in [*self._seats]:
-            self._ended(seat)
-            self._deafen(seat)
-        for timer in (self._stall, self._grace, self._no_room):
-            timer.stop()
+            self._let_go(seat)
+        self._stall.stop()
+        self._no_room.stop()
         fd = self._endpoint.fileno()
         if fd is not None:
             self._poller.forget(fd)

@@ -207,6 +207,39 @@ def test_pty_opened_again(daemon: StartDaemon) -> None:
             wait_port(running, readers=0)
 
 
+def test_pty_typed_into_and_closed_at_once(daemon: StartDaemon) -> None:
+    """What somebody types who is gone before the worker looks is the guest's all the same."""
+    running = daemon("pty")
+    name = running.expect_out(r"(/dev/pts/\d+)").group(1)
+    with boot(running) as console:
+        (worker,) = running.workers()
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            with opened(name) as slave:
+                write_fd(slave, b"reboot\n")
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        assert console.read(7) == b"reboot\n"
+        wait_port(running, readers=0)
+
+
+def test_half_closed_tcp_client_that_pauses(daemon: StartDaemon) -> None:
+    """What it is still given after it was let go is not the next client's too."""
+    running = daemon("network")
+    data = noise(256 << 10)
+    with boot(running) as console, attach(running, receive_buffer=4096) as first:
+        first.shutdown(socket.SHUT_WR)
+        console.write(data, depth=8)
+        wait_port(running, readers=0)
+        got = bytearray()
+        first.settimeout(WITHIN)
+        while piece := first.recv(1 << 20):
+            got += piece
+        console.write(b"end")
+        with attach(running) as second:
+            assert_same(bytes(got) + exactly(second, len(data) - len(got) + 3), data + b"end")
+
+
 # Pipes
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from vhost_device_console.journal import Input, Output
+from vhost_device_console.worker import audience
 from vhost_device_console.worker.audience import Audience
 from vhost_device_console.worker.backends import unix
 from vhost_device_console.worker.backends.base import Client, Endpoint
@@ -85,6 +86,7 @@ class Odd(StreamClient):
     error: OSError | None = None
     silent = False
     lost = 0
+    queued = 0
 
     def read(self, into: memoryview) -> int | None:
         return None if self.silent else super().read(into)
@@ -97,10 +99,14 @@ class Odd(StreamClient):
     def end_output(self) -> int:
         return self.lost
 
+    def on_its_way(self) -> int:
+        return self.queued
+
 
 class Screen(StreamClient):
-    """A client with a size, which the test changes."""
+    """A client with a size, which the test changes without a word."""
 
+    resizes = True
     columns = 0
 
     def size(self) -> tuple[int, int]:
@@ -528,12 +534,74 @@ def test_a_half_closed_client_is_let_go_once_it_takes_nothing(hall: Hall) -> Non
 def test_a_half_closed_client_stays_while_it_takes_something(hall: Hall) -> None:
     user = hall.join()
     user.shutdown(socket.SHUT_WR)
+    hall.settle()
     for piece in (b"a", b"b", b"c"):
         hall.write(piece)
         assert hall.poller.fire() == 1
         assert hall.read(user) == piece
+        assert hall.poller.fire() == 1
     hall.poller.fire()
     assert gone(user)
+
+
+def test_a_half_closed_client_stays_while_what_is_on_its_way_arrives(hall: Hall) -> None:
+    client, user = hall.connect(Odd)
+    assert isinstance(client, Odd)
+    client.queued = 3
+    user.shutdown(socket.SHUT_WR)
+    hall.settle()
+    for left in (2, 1, 0):
+        client.queued = left
+        assert hall.poller.fire() == 1
+        assert not gone(user)
+    hall.poller.fire()
+    assert gone(user)
+
+
+def test_a_half_closed_client_that_took_something_before_is_let_go_too(hall: Hall) -> None:
+    user = hall.join()
+    hall.write(b"before")
+    assert hall.read(user) == b"before"
+    user.shutdown(socket.SHUT_WR)
+    hall.settle()
+    hall.poller.fire()
+    assert gone(user)
+
+
+def test_every_half_closed_client_has_a_moment_of_its_own(hall: Hall) -> None:
+    first, second = hall.join(), hall.join()
+    first.shutdown(socket.SHUT_WR)
+    hall.settle()
+    (timer,) = [timer for timer in hall.poller.made if timer.due is not None]
+    second.shutdown(socket.SHUT_WR)
+    hall.settle()
+    timer.fire()
+    assert (gone(first), gone(second)) == (True, False)
+    assert hall.poller.fire() == 1
+    assert gone(second)
+
+
+def test_a_half_closed_client_is_not_let_go_while_it_is_given_nothing(hall: Hall) -> None:
+    user = hall.join()
+    user.shutdown(socket.SHUT_WR)
+    hall.settle()
+    hall.audience.freeze()
+    hall.write(b"answer")
+    assert hall.poller.fire() == 1
+    assert not gone(user)
+    hall.audience.thaw()
+    assert hall.read(user) == b"answer"
+    assert hall.poller.fire() == 1
+
+
+def test_a_half_closed_client_that_left_is_waited_for_no_more(hall: Hall) -> None:
+    user = hall.join()
+    user.shutdown(socket.SHUT_WR)
+    hall.settle()
+    user.close()
+    hall.settle()
+    assert not hall.port.watchers
+    assert hall.poller.fire() == 0
 
 
 def test_a_terminal_without_input_stays(hall: Hall) -> None:
@@ -610,6 +678,57 @@ def test_who_was_there_before_is_served_while_there_is_no_room(hall: Hall) -> No
     hall.connect()
     hall.write(b"served")
     assert hall.read(user) == b"served"
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a port have three clients."""
+    monkeypatch.setattr(audience, "_MOST_CLIENTS", 3)
+
+
+@pytest.mark.usefixtures("few")
+def test_one_client_too_many_is_turned_away(hall: Hall) -> None:
+    users = [hall.join() for _ in range(4)]
+    assert [gone(user) for user in users] == [False, False, False, True]
+    assert "turned away, since 3 clients are here" in hall.log.text
+
+
+@pytest.mark.usefixtures("few")
+def test_one_client_too_many_takes_the_place_of_the_oldest_that_left(hall: Hall) -> None:
+    hall.port.input.fed(SIZE)
+    clients = []
+    for data in (b"stays", b"first", b"second"):
+        client, user = hall.connect()
+        clients.append(client)
+        user.send(data)
+        hall.settle()
+        if data != b"stays":
+            user.close()
+            hall.settle()
+    newest, user = hall.connect()
+    assert [client.writes == -1 for client in [*clients, newest]] == [False, True, False, False]
+    assert "makes room for another: 5 bytes that it typed are lost" in hall.log.text
+    hall.port.input.consume(SIZE)
+    hall.audience.resume()
+    hall.settle()
+    assert hall.take() == b"stayssecond"
+
+
+@pytest.mark.usefixtures("few")
+def test_who_is_gone_makes_room_before_who_only_ended_its_input(hall: Hall) -> None:
+    hall.port.input.fed(SIZE)
+    waits, leaves, _ = hall.join(), hall.join(), hall.join()
+    for user in (waits, leaves):
+        user.send(b"typed")
+    hall.settle()
+    waits.shutdown(socket.SHUT_WR)
+    hall.settle()
+    leaves.close()
+    hall.settle()
+    hall.join()
+    assert not gone(waits)
+    hall.join()
+    assert gone(waits)
 
 
 @pytest.fixture
@@ -710,6 +829,34 @@ def test_nothing_waits_once_the_buffer_is_taken(hall: Hall) -> None:
     assert hall.poller.fire() == 0
 
 
+def test_a_reader_that_a_blocking_port_waits_for_is_found_stuck_once(hall: Hall) -> None:
+    hall.port.blocking = True
+    user = hall.join()
+    queue = hold(hall)
+    assert hall.poller.fire() == 1
+    hall.settle()
+    assert hall.poller.fire() == 0
+    assert hall.port.holding
+    hall.read(user)
+    hall.port.take_output(queue, 1)
+    hall.settle()
+    hold(hall)
+    assert hall.poller.fire() == 1
+    assert hall.port.stalls == 2
+
+
+def test_nobody_is_found_stuck_while_nothing_is_given(hall: Hall) -> None:
+    hall.join()
+    hold(hall)
+    hall.audience.freeze()
+    hall.settle()
+    assert hall.poller.fire() == 0
+    hall.audience.thaw()
+    hall.settle()
+    assert hall.poller.fire() == 1
+    assert hall.port.stalls == 1
+
+
 def test_a_stuck_reader_leaves_and_the_buffer_is_taken(hall: Hall) -> None:
     user = hall.join()
     queue = hold(hall)
@@ -802,6 +949,25 @@ def test_without_a_fixed_size_the_clients_decide_again(hall: Hall) -> None:
     hall.audience.fix_size(200, 50)
     hall.audience.fix_size(0, 0)
     assert (hall.port.size, hall.port.size_by) == ((80, 25), "screen of 80")
+
+
+def test_a_size_that_changed_without_a_word_is_noticed_at_the_next_output(
+    hall: Hall, screens: Screens
+) -> None:
+    screens[0][0].columns = 100
+    hall.settle()
+    assert hall.port.size == (80, 25)
+    hall.write(b"x")
+    assert hall.port.size == (100, 25)
+
+
+def test_one_who_tells_of_its_size_is_not_asked_at_every_output(hall: Hall) -> None:
+    client, _ = hall.connect(Screen)
+    assert isinstance(client, Screen)
+    client.resizes = False
+    client.columns = 100
+    hall.write(b"x")
+    assert hall.port.size == (0, 0)
 
 
 def test_a_size_that_stays_the_same_is_no_news(hall: Hall, screens: Screens) -> None:

@@ -9,13 +9,15 @@ class Client(Protocol):
     """One attached person or program. Nothing here ever blocks.
 
     `reads` and `writes` are two descriptors to wait on, one for each half. `stays` says that the
-    end of its input is not the beginning of its leaving.
+    end of its input is not the beginning of its leaving, `resizes` that its size changes without
+    a word.
     """
 
     name: str
     reads: int
     writes: int
     stays: bool
+    resizes: bool
 
     def read(self, into: memoryview) -> int | None:
         """Read into `into`; return how many bytes, 0 at the end of input, None for not now.
@@ -29,8 +31,14 @@ class Client(Protocol):
         Raises ConnectionError when the client is gone, other OSErrors when the sink failed.
         """
 
+    def on_its_way(self) -> int:
+        """Return a measure of what was written and has not arrived yet, 0 where it is not known."""
+
     def end_output(self) -> int:
-        """Write no more; return how many of the bytes written are known not to have arrived."""
+        """Write no more; return how many of the bytes written are known never to arrive."""
+
+    def unread(self) -> int:
+        """Return how many bytes were typed that nobody can read once the client is closed."""
 
     def size(self) -> tuple[int, int]:
         """Return the client's columns and rows, (0, 0) where they are not known."""

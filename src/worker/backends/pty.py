@@ -44,6 +44,7 @@ class PtyClient:
     """
 
     stays = False
+    resizes = True
 
     def __init__(self, fd: int, name: str) -> None:
         self.name = name
@@ -71,9 +72,17 @@ class PtyClient:
         except OSError as error:
             raise _gone(error) from None
 
+    def on_its_way(self) -> int:
+        """Return 0: a terminal does not tell."""
+        return 0
+
     def end_output(self) -> int:
         """Return 0: what the terminal took stays in it for whoever opens it next."""
         self.over = True
+        return 0
+
+    def unread(self) -> int:
+        """Return 0: what was typed stays in the pty."""
         return 0
 
     def size(self) -> tuple[int, int]:
@@ -102,7 +111,7 @@ class PtyEndpoint:
         self._name = slave_name(fd)
         self._opens = _watch_opens(self._name)
         self._poll = select.poll()
-        self._poll.register(fd, 0)
+        self._poll.register(fd, select.POLLIN)
         self._client: PtyClient | None = None
         os.set_blocking(fd, False)
 
@@ -111,13 +120,21 @@ class PtyEndpoint:
         return self._opens
 
     def accept(self) -> PtyClient | None:
-        """Return a client if the slave is open and there is none yet."""
+        """Return a client if the slave is open and there is none yet.
+
+        Whoever typed and closed it before anybody looked is one too.
+        """
         with contextlib.suppress(BlockingIOError):
             os.read(self._opens, 4096)
-        if self._client is not None and not self._client.over:
+        client = self._client
+        if client is not None and not client.over:
             return None
-        closed = any(events & select.POLLHUP for _, events in self._poll.poll(0))
-        self._client = None if closed else PtyClient(self._fd, self._name)
+        events = sum(events for _, events in self._poll.poll(0))
+        if events & select.POLLHUP:
+            read_on = client is not None and client.reads >= 0
+            if read_on or not events & select.POLLIN:
+                return None
+        self._client = PtyClient(self._fd, self._name)
         return self._client
 
     def close(self) -> None:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
+import struct
+import termios
 from collections.abc import Callable
+
+_COUNT = struct.Struct("=i")
 
 
 class StreamClient:
     """A connected stream socket."""
 
     stays = False
+    resizes = False
 
     def __init__(self, sock: socket.socket, name: str) -> None:
         sock.setblocking(False)
@@ -36,9 +42,23 @@ class StreamClient:
         except BlockingIOError:
             return 0
 
+    def _count(self, request: int) -> int:
+        raw = fcntl.ioctl(self._sock, request, bytes(_COUNT.size))
+        count: int = _COUNT.unpack(raw)[0]
+        return count
+
+    def on_its_way(self) -> int:
+        """Return TCP's unacknowledged bytes (tcp(7), SIOCOUTQ), a unix socket's unread memory."""
+        # SIOCOUTQ and TIOCOUTQ are one number on Linux, as SIOCINQ and FIONREAD are.
+        return self._count(termios.TIOCOUTQ)
+
     def end_output(self) -> int:
         """See `Client.end_output`; a unix socket does not tell."""
         return 0
+
+    def unread(self) -> int:
+        """See `Client.unread`."""
+        return self._count(termios.FIONREAD)
 
     def size(self) -> tuple[int, int]:
         """Return (0, 0): bytes are all there is."""

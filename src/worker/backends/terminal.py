@@ -38,6 +38,7 @@ class Terminal:
 
     name = "terminal"
     stays = True
+    resizes = False  # SIGWINCH tells
 
     def __init__(self, leave: Callable[[], None], stdin: int = 0, stdout: int = 1) -> None:
         self._leave = leave
@@ -125,8 +126,16 @@ class Terminal:
             self._leave()
             raise ConnectionResetError(f"nobody reads the output: {error}") from None
 
+    def on_its_way(self) -> int:
+        """Return 0: neither terminals nor pipes tell."""
+        return 0
+
     def end_output(self) -> int:
         """See `Client.end_output`; neither terminals nor pipes tell."""
+        return 0
+
+    def unread(self) -> int:
+        """Return 0: what was typed is for whoever reads the terminal next."""
         return 0
 
     def close(self) -> None:

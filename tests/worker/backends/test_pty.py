@@ -100,6 +100,37 @@ def test_who_opened_and_closed_at_once_is_nobody(pair: Pty, wait: Wait) -> None:
     assert pair.endpoint.accept() is None
 
 
+def test_who_typed_and_closed_at_once_is_read_and_then_gone(pair: Pty, wait: Wait) -> None:
+    os.write(pair.open(), b"typed")
+    pair.leave()
+    wait(pair.endpoint.fileno())
+    client = pair.accept()
+    assert client.read(ROOM) == 5
+    with pytest.raises(ConnectionError):
+        client.read(ROOM)
+    client.close()
+    assert pair.endpoint.accept() is None
+
+
+def test_what_one_who_left_typed_is_read_by_one_client(pair: Pty, wait: Wait) -> None:
+    """Its own, as long as that reads on; nobody arrives at a pty that nobody has open."""
+    os.write(pair.open(), b"typed")
+    client = pair.accept()
+    pair.leave()
+    client.end_output()
+    wait(client.reads, 0)
+    assert pair.endpoint.accept() is None
+    assert client.read(ROOM) == 5
+
+
+def test_what_was_typed_stays_in_the_pty_when_a_client_is_let_go(pair: Pty) -> None:
+    os.write(pair.open(), b"typed")
+    client = pair.accept()
+    assert client.unread() == 0
+    client.close()
+    assert pair.accept().read(ROOM) == 5
+
+
 def test_bytes_pass_unchanged_both_ways(pair: Pty, wait: Wait) -> None:
     user = pair.open()
     client = pair.accept()

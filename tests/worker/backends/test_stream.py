@@ -121,6 +121,25 @@ def test_a_unix_socket_cannot_tell_what_did_not_arrive(pair: Pair) -> None:
     assert client.end_output() == 0
 
 
+def test_what_is_on_its_way_becomes_less_as_the_user_reads(pair: Pair) -> None:
+    client, user = pair
+    assert client.on_its_way() == 0
+    client.write(b"one")
+    client.write(b"two")
+    before = client.on_its_way()
+    assert before > 0
+    user.recv(3)
+    assert 0 < client.on_its_way() < before
+
+
+def test_what_was_typed_and_not_read_would_be_lost(pair: Pair) -> None:
+    client, user = pair
+    user.send(b"typed")
+    client.read(memoryview(bytearray(2)))
+    user.close()
+    assert client.unread() == 3
+
+
 # Endpoints
 
 

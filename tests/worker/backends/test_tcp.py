@@ -122,6 +122,24 @@ def test_what_was_acknowledged_is_delivered(both: Both) -> None:
     assert client.end_output() == 0
 
 
+def test_what_a_healthy_connection_has_not_delivered_yet_is_not_undelivered(both: Both) -> None:
+    """The system goes on delivering it, also once the client is closed."""
+    client, user = both
+    written = fill(client)
+    assert client.end_output() == 0
+    client.close()
+    assert len(user.recv(written, socket.MSG_WAITALL)) == written
+
+
+def test_what_is_on_its_way_becomes_less_as_the_user_reads(both: Both, wait: Wait) -> None:
+    client, user = both
+    fill(client)
+    before = client.on_its_way()
+    while not user.recv(1 << 20) or client.on_its_way() == before:
+        wait(user.fileno())
+    assert client.on_its_way() < before
+
+
 def test_what_a_client_did_not_take_is_undelivered_even_after_its_reset(
     both: Both, wait: Wait
 ) -> None:
