@@ -169,6 +169,7 @@ class Daemons(Machine):
     @rule(buffers=st.integers(0, 3), typed=st.sampled_from([0, 1, 5000]))
     def stop_and_start(self, buffers: int, typed: int) -> None:
         """Stop the rings; what is offered and typed while they are is served when they start."""
+        self.take()
         pause_like_qemu(self.frontend)
         driver = self.port.tx.driver
         for number in range(buffers):
