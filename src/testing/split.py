@@ -178,11 +178,12 @@ class SplitDriver(RingDriver):
     def kick_needed(self) -> bool:
         """Tell, once, whether the device wants to be told of what was published (2.7.13.4)."""
         fence()  # the index is stored before the device's suppression word is loaded
-        old, self._notified = self._notified, self._next
-        if old == self._next:
+        new = self.avail_idx
+        old, self._notified = self._notified, new
+        if old == new:
             return False
         if self.event_idx:
-            return need_event(self.avail_event, self._next, old)
+            return need_event(self.avail_event, new, old)
         return not self.used_flags & USED_F_NO_NOTIFY
 
     # Taking them back.

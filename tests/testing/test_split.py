@@ -429,3 +429,11 @@ def test_placed_ring(memory: GuestMemory) -> None:
     driver.add([b"x"])
     driver.publish()
     assert struct.unpack("<H", memory.read(base + 0x204, 2)) == (1,)
+
+
+def test_a_chain_that_is_not_published_needs_no_kick_yet(memory: GuestMemory) -> None:
+    driver = SplitDriver(memory, 8)
+    driver.add([b"x"])
+    assert not driver.kick_needed()
+    driver.publish()
+    assert driver.kick_needed()
