@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis.errors import StopTest
 from hypothesis.internal.conjecture import providers
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
@@ -25,7 +26,8 @@ class Machine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            if sys.exc_info()[2] is None:
+            error = sys.exc_info()[1]
+            if error is None or isinstance(error, StopTest):  # an example may be cut short
                 self.finish()
         finally:
             traceback.clear_frames(sys.exc_info()[2])
