@@ -43,7 +43,7 @@ class _Seat:
         self.client = client
         self.watcher: Watcher | None = watcher
         self.grace = grace
-        self.taken = (0, 0)  # how far its output was when that was started
+        self.granted = (0, 0)  # what it had taken when that was started
         self.typing = True
         self.paused = False  # the port's input has no room
         self.polled = True  # for input; not after its end was told while paused
@@ -51,6 +51,11 @@ class _Seat:
         self.notice = b""  # of a gap, due before the bytes after it
         self.noticed = 0  # bytes of the last one that were written, and bytes after it
         self.since = 0
+
+    @property
+    def taken(self) -> tuple[int, int]:
+        """How far its output is, and what of that is on its way: the same as long as it stalls."""
+        return self.watcher.offset if self.watcher else 0, self.client.on_its_way()
 
 
 class Audience:
@@ -93,6 +98,9 @@ class Audience:
             seat.notice or (seat.watcher and seat.watcher.pending) for seat in self._seats
         )
 
+    def _warn(self, client: Client, what: str) -> None:
+        self._log.warning("port %d: %s %s", self._port.id, client.name, what)
+
     def _listen(self) -> None:
         fd = self._endpoint.fileno()
         if fd is not None:
@@ -110,12 +118,7 @@ class Audience:
                 if len(self._seats) < _MOST_CLIENTS or self._make_room():
                     self._seat(client)
                 else:
-                    self._log.warning(
-                        "port %d: %s was turned away, since %d clients are here",
-                        self._port.id,
-                        client.name,
-                        len(self._seats),
-                    )
+                    self._warn(client, f"was turned away: {_MOST_CLIENTS} others are here")
                     client.close()
         except OSError as error:
             self._log.warning("cannot take another client, next try in a second: %s", error)
@@ -130,12 +133,8 @@ class Audience:
         if not ended:
             return False
         seat = min(ended, key=lambda seat: seat.watcher is not None)
-        self._log.warning(
-            "port %d: %s makes room for another: %d bytes that it typed are lost",
-            self._port.id,
-            seat.client.name,
-            seat.client.unread(),
-        )
+        lost = seat.client.unread()
+        self._warn(seat.client, f"makes room for another: {lost} bytes that it typed are lost")
         self._let_go(seat)
         return True
 
@@ -209,22 +208,17 @@ class Audience:
         if seat.watcher is None:
             self._leave(seat)
         elif not seat.client.stays:
-            seat.taken = self._taken(seat.watcher, seat.client)
-            seat.grace.start(_GRACE_S)
+            self._grant(seat)
+
+    def _grant(self, seat: _Seat) -> None:
+        seat.granted = seat.taken
+        seat.grace.start(_GRACE_S)
 
     def _out_of_grace(self, seat: _Seat) -> None:
-        if seat.watcher is None:
-            return
-        taken = self._taken(seat.watcher, seat.client)
-        if taken == seat.taken and not self._frozen:
+        if seat.taken == seat.granted and not self._frozen:
             self._deafen(seat)
         else:
-            seat.taken = taken
-            seat.grace.start(_GRACE_S)
-
-    @staticmethod
-    def _taken(watcher: Watcher, client: Client) -> tuple[int, int]:
-        return watcher.offset, client.on_its_way()
+            self._grant(seat)
 
     # The size
 
@@ -274,9 +268,7 @@ class Audience:
                 took = self._give(seat, watcher)
             except OSError as error:
                 if not isinstance(error, ConnectionError):
-                    self._log.warning(
-                        "port %d: %s failed: %s", self._port.id, seat.client.name, error
-                    )
+                    self._warn(seat.client, f"failed: {error}")
                 self._deafen(seat)
                 continue
             if took:
@@ -290,12 +282,7 @@ class Audience:
         lost = watcher.skip_lost()
         if lost:
             seat.notice += b"\r\n[vhost-device-console: %d bytes missed]\r\n" % lost
-            self._log.warning(
-                "port %d: %s did not read in time and missed %d bytes",
-                self._port.id,
-                seat.client.name,
-                lost,
-            )
+            self._warn(seat.client, f"did not read in time and missed {lost} bytes")
             seat.noticed = seat.since = 0
         if seat.notice:
             count = seat.client.write(seat.notice)
@@ -376,6 +363,22 @@ class Audience:
         """Go on: the guest stayed, or another one came."""
         self._frozen = False
         self.resume()
+
+    def dismiss(self) -> bool:
+        """Take in nobody and nothing any more; return whether everyone is served and has gone.
+
+        They stay for what there is, as long as they take it.
+        """
+        self._no_room.stop()
+        fd = self._endpoint.fileno()
+        if fd is not None:
+            self._poller.forget(fd)
+        for seat in [*self._seats]:
+            self._ended(seat)
+        if self.served or not self._seats:
+            self.close()
+            return True
+        return False
 
     def close(self) -> None:
         """Let everyone go, and the endpoint."""

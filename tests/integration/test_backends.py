@@ -278,6 +278,15 @@ def test_end_of_piped_input_is_not_the_end(daemon: StartDaemon) -> None:
             os.close(fd)
 
 
+def test_a_file_as_input(daemon: StartDaemon, folder: Path) -> None:
+    """A file that is longer than the port's input reaches the guest whole."""
+    (folder / "typed").write_bytes(ALL)
+    with (folder / "typed").open("rb") as file:
+        running = daemon("nested", stdin=file)
+        with boot(running) as console:
+            assert_same(console.read(len(ALL)), ALL)
+
+
 def test_nobody_reads_the_pipe_any_more(daemon: StartDaemon) -> None:
     """When standard output's reader is gone, so is the daemon, with status 0."""
     read, inner_write = os.pipe()

@@ -690,7 +690,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_client_too_many_is_turned_away(hall: Hall) -> None:
     users = [hall.join() for _ in range(4)]
     assert [gone(user) for user in users] == [False, False, False, True]
-    assert "turned away, since 3 clients are here" in hall.log.text
+    assert "turned away: 3 others are here" in hall.log.text
 
 
 @pytest.mark.usefixtures("few")

@@ -46,11 +46,11 @@ class PtyClient:
     stays = False
     resizes = True
 
-    def __init__(self, fd: int, name: str) -> None:
+    def __init__(self, fd: int, name: str, *, over: bool) -> None:
         self.name = name
         self.reads = os.dup(fd)
         self.writes = os.dup(fd)
-        self.over = False
+        self.over = over
 
     def read(self, into: memoryview) -> int | None:
         """See `Client.read`; a slave that nobody has open any more is a client that is gone."""
@@ -65,6 +65,8 @@ class PtyClient:
 
     def write(self, data: memoryview | bytes) -> int:
         """See `Client.write`."""
+        if self.over:
+            raise ConnectionResetError("nobody had the pty open any more")
         try:
             return os.write(self.writes, data)
         except BlockingIOError:
@@ -130,11 +132,11 @@ class PtyEndpoint:
         if client is not None and not client.over:
             return None
         events = sum(events for _, events in self._poll.poll(0))
-        if events & select.POLLHUP:
-            read_on = client is not None and client.reads >= 0
-            if read_on or not events & select.POLLIN:
-                return None
-        self._client = PtyClient(self._fd, self._name)
+        closed = bool(events & select.POLLHUP)
+        read_on = client is not None and client.reads >= 0
+        if closed and (read_on or not events & select.POLLIN):
+            return None
+        self._client = PtyClient(self._fd, self._name, over=closed)
         return self._client
 
     def close(self) -> None:

@@ -112,6 +112,13 @@ def test_who_typed_and_closed_at_once_is_read_and_then_gone(pair: Pty, wait: Wai
     assert pair.endpoint.accept() is None
 
 
+def test_who_closed_at_once_is_given_no_output(pair: Pty) -> None:
+    os.write(pair.open(), b"typed")
+    pair.leave()
+    with pytest.raises(ConnectionError):
+        pair.accept().write(b"for the next one")
+
+
 def test_what_one_who_left_typed_is_read_by_one_client(pair: Pty, wait: Wait) -> None:
     """Its own, as long as that reads on; nobody arrives at a pty that nobody has open."""
     os.write(pair.open(), b"typed")
