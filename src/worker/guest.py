@@ -76,6 +76,7 @@ class Guest:
         self._counters = Health()
 
         self._audiences: dict[int, Audience] = {}
+        self._parting: list[Audience] = []  # of ports that were removed
         self._frozen = False
         self._loaded: state.Loaded | None = None
         self._saved: list[Port] = []
@@ -141,11 +142,11 @@ class Guest:
 
     def _remove_port(self, port: Port) -> None:
         self._queues.drain_all()  # what the guest wrote while there was a reader
-        audience = self._audiences.pop(port.id)
-        audience.flush()
-        audience.close()
+        if port.holding:
+            self._log.warning("port %d: what its guest wrote last is not taken", port.id)
         self._console.remove(port)
         self._queues.reconnect()
+        self._parting.append(self._audiences.pop(port.id))
 
     def _endpoint(self, backend: config.Backend, fd: int | None) -> Endpoint:
         if fd is None:
@@ -175,7 +176,6 @@ class Guest:
                 self._add_port(port, *fds)
             case orders.RemovePort(number) if number in ports:
                 self._remove_port(ports[number])
-                gc.collect()  # its parts refer to one another, and to its journal's memory
             case orders.Resize(number, columns, rows) if number in ports:
                 self._audiences[number].fix_size(columns, rows)
 
@@ -187,7 +187,7 @@ class Guest:
     def close(self) -> None:
         """Give back everything: the frontend, the clients, the terminal's modes."""
         self._frontend.close()
-        for audience in self._audiences.values():
+        for audience in (*self._audiences.values(), *self._parting):
             audience.close()
         self._orders.close()
         self._report.close()
@@ -213,10 +213,20 @@ class Guest:
         progress = False
         for audience in self._audiences.values():
             progress |= audience.flush()
+        if self._parting:
+            progress |= self._part()
         if progress:
             self._report.changed()  # a gap is found when its reader reads
         if self._ending and not progress and all(a.served for a in self._audiences.values()):
             self._poller.stop()
+        return progress
+
+    def _part(self) -> bool:
+        progress = sum(audience.flush() for audience in self._parting) > 0
+        count = len(self._parting)
+        self._parting = [audience for audience in self._parting if not audience.dismiss()]
+        if len(self._parting) < count:
+            gc.collect()  # a port's parts refer to one another, and to its journal's memory
         return progress
 
     # What the session wants of the console

@@ -462,6 +462,20 @@ def test_what_the_guest_wrote_before_a_port_s_removal_reaches_its_reader(
         assert peer.recv(1) == b""
 
 
+def test_all_that_a_removed_port_has_reaches_a_slow_reader(
+    pipes: Callable[..., Daemon], folder: Path
+) -> None:
+    daemon = pipes()
+    data = noise(900 << 10)
+    with ready(daemon) as console, client(path(folder, 1)) as peer:
+        console.wait_control(Event.PORT_OPEN, port=1, value=1)
+        console.ports[1].write(data, depth=8)
+        remove(daemon, "1")
+        console.wait_until(lambda: 1 not in console.ports, "the port's removal")
+        assert exactly(peer, len(data)) == data
+        assert peer.recv(1) == b""
+
+
 def test_a_number_can_be_used_again(pipes: Callable[..., Daemon], folder: Path) -> None:
     """Its rings went on meanwhile; what is written to a port that is gone is nobody's."""
     daemon = pipes()
