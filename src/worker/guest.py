@@ -43,6 +43,9 @@ _ANY_SIZE = 1 << 64
 #: VHOST_USER_CONFIG's flag: the frontend writes on its own, for a guest that moved.
 _MIGRATION = 1
 
+#: What a saved state has besides the bytes of rings: 127 ports' names, numbers and messages.
+_STATE_BESIDES = 1 << 20
+
 #: How long readers may take what is left when the daemon ends.
 _LAST_S = 1.0
 
@@ -356,6 +359,11 @@ class Guest:
         self._freeze()
         self._saved = [*self._console.ports.values()]
         return state.save(self._console)
+
+    def largest_state(self) -> int:
+        """Return how many bytes a state that fits these ports can have."""
+        rings = (port.output.size + port.input.size for port in self._console.ports.values())
+        return sum(rings) + _STATE_BESIDES
 
     def load(self, data: bytes) -> None:
         """Become the console of that state once a queue starts. Raises RefusedError."""
