@@ -16,6 +16,7 @@ import os
 import struct
 import sys
 
+from ... import config
 from ...errors import GuestError, RefusedError
 from .features import RING_PACKED
 from .memory import map_file
@@ -57,7 +58,7 @@ def create(queues: int, size: int, features: int) -> tuple[int, int]:
 
 
 def _check(queues: int, size: int) -> None:
-    if not queues or not 0 < size <= 1 << 15:
+    if not queues or not 0 < size <= config.LARGEST_QUEUE:
         raise RefusedError(f"no area can keep {queues} queues of {size} entries")
 
 
@@ -78,13 +79,19 @@ class Inflight:
             raise RefusedError(
                 f"{mmap_size} bytes at {mmap_offset:#x} cannot keep {queues} queues of {size}"
             )
-        view = map_file(fd, queues * region, mmap_offset, "an inflight area")
-        kind = PackedState if features & RING_PACKED else SplitState
-        self._states = [kind(view[at * region :][:region], size) for at in range(queues)]
+        self._view = map_file(fd, queues * region, mmap_offset, "an inflight area")
+        self._kind = PackedState if features & RING_PACKED else SplitState
+        self._queues, self._size, self._region = queues, size, region
+        self._states: dict[int, SplitState | PackedState] = {}
 
     def queue(self, index: int) -> SplitState | PackedState | None:
         """Return the state of a queue, to be given to `place`; None when the area has none."""
-        return self._states[index] if index < len(self._states) else None
+        if index >= self._queues:
+            return None
+        if index not in self._states:
+            view = self._view[index * self._region :][: self._region]
+            self._states[index] = self._kind(view, self._size)
+        return self._states[index]
 
 
 class _DamageError(Exception):

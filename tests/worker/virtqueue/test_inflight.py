@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import struct
+import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -158,6 +159,21 @@ def test_an_area_is_new_sealed_and_as_large_as_said(format_: int, queues: int, s
         assert area.queue(queues - 1) is not None
         assert area.queue(queues) is None
     finally:
+        os.close(fd)
+
+
+@FORMATS
+def test_only_queues_that_are_asked_for_cost_memory(format_: int) -> None:
+    """An area may be for many more queues than are used."""
+    queues, size = 256, 1 << 15
+    fd, total = create(queues, size, format_)
+    tracemalloc.start()
+    try:
+        area = Inflight(fd, total, 0, queues, size, format_)
+        assert tracemalloc.get_traced_memory()[0] < 1 << 16
+        assert area.queue(3) is area.queue(3)
+    finally:
+        tracemalloc.stop()
         os.close(fd)
 
 
