@@ -94,6 +94,8 @@ class Channel:
         except ConnectionError:
             self.closed = True
             return False
+        except OSError as error:
+            raise FrontendError(f"its messages cannot be received: {error}") from None
         for level, kind, content in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 # fds ride on a message's first bytes; anywhere else they are a mistake.
@@ -112,7 +114,7 @@ class Channel:
     def send(self, message: bytes, fd: int | None = None) -> None:
         """Send one reply, with `fd` (still the caller's) if there is one.
 
-        Raises FrontendError when the frontend does not read its replies.
+        Raises FrontendError when the frontend does not read its replies, or it cannot be sent.
         """
         fds = [] if fd is None else [fd]
         try:
@@ -122,6 +124,8 @@ class Channel:
         except ConnectionError:
             self.closed = True
             return
+        except OSError as error:  # of file descriptors, only so many can be under way
+            raise FrontendError(f"a reply cannot be sent: {error}") from None
         if sent != len(message):
             raise FrontendError("the frontend does not read the replies it asks for")
 

@@ -8,7 +8,7 @@ import os
 import resource
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 from vhost_device_console.errors import FrontendError
@@ -317,6 +317,19 @@ def test_a_reply_to_nobody_is_the_end(frontend: Frontend) -> None:
     frontend.sock.close()
     frontend.channel.send(FEATURES)
     assert frontend.channel.closed
+
+
+@pytest.mark.parametrize("do", [Channel.receive, lambda channel: channel.send(FEATURES)])
+def test_a_socket_that_the_system_refuses_to_use_is_an_error(
+    do: Callable[[Channel], object],
+) -> None:
+    """As sending a descriptor is when the user has too many of them under way."""
+    channel = Channel(socket.socket(socket.AF_UNIX))  # connected to nobody
+    try:
+        with pytest.raises(FrontendError, match="cannot be"):
+            do(channel)
+    finally:
+        channel.close()
 
 
 def test_the_peer_is_the_process_that_connected(frontend: Frontend) -> None:
