@@ -209,11 +209,15 @@ class Poller:
         self._epoll.close()
 
 
-def drain_fd(fd: int) -> None:
+def drain_fd(fd: int) -> bool:
     """Take what makes a notification fd readable: an eventfd's count, a socket's or pipe's bytes.
 
-    One read is enough for an eventfd; whatever else is in a socket wakes the loop once more. One
-    that is broken, or no such fd at all, has nothing to take.
+    One read is enough for an eventfd; whatever else is in a socket wakes the loop once more. Return
+    whether to go on watching: what is at its end or cannot be read would be ready for ever.
     """
-    with contextlib.suppress(OSError):
-        os.read(fd, 4096)
+    try:
+        return bool(os.read(fd, 4096))
+    except BlockingIOError:  # somebody else took it
+        return True
+    except OSError:
+        return False

@@ -30,6 +30,9 @@ from .virtqueue.ring import Ring, place
 #: Buffers of one queue before the next queue has its turn.
 BUDGET = 64
 
+#: Broken queues that are logged one by one; the rest of a session's are only counted.
+_LOGGED_BREAKS = 10
+
 _ONE = wire.encode_u64(1)
 
 
@@ -112,6 +115,10 @@ class _Queue:
         self.work = IDLE
 
 
+def _largest_state() -> int:
+    return 1 << 32
+
+
 def _close(fd: int | None) -> None:
     if fd is not None:
         os.close(fd)
@@ -168,7 +175,8 @@ class Queues:
         self._backend_channel: BackendChannel | None = None
         self._channel_blocked = False
         self._config_changed = False
-        self._transfer = Transfer(poller, log, carrier.save, carrier.load)
+        self._breaks = 0
+        self._transfer = Transfer(poller, log, carrier.save, carrier.load, _largest_state)
         self._dirty: DirtyLog | None = None
         self._dirty_event: int | None = None
         self._fault: FrontendError | None = None
@@ -241,16 +249,22 @@ class Queues:
             channel.call(queue.index)
             self._after(channel)
 
+    def _error(self, queue: _Queue) -> None:
+        if queue.error is not None:
+            _notify(queue.error)
+        elif queue.error_inband and (channel := self._inband()):
+            channel.error(queue.index)
+            self._after(channel)
+
     def _break(self, queue: _Queue, error: GuestError) -> None:
-        self._log.error("queue %d is broken and stopped: %s", queue.index, error)
+        self._breaks += 1
+        if self._breaks <= _LOGGED_BREAKS:
+            self._log.error("queue %d is broken and stopped: %s", queue.index, error)
         self._counters.broken += 1
         self._publish(queue)  # what was completed before the mistake
         self._halt(queue)
         queue.broken = True
-        _notify(queue.error)
-        if queue.error_inband and (channel := self._inband()):
-            channel.error(queue.index)
-            self._after(channel)
+        self._error(queue)
         self._changed()
 
     def release(self) -> None:
@@ -277,6 +291,7 @@ class Queues:
         self._inflight = None
         self._close_channel()
         self._config_changed = False
+        self._breaks = 0
         saved = self._transfer.saved
         self._transfer.stop()
         if saved:
@@ -316,8 +331,10 @@ class Queues:
     def _open_channel(self, fd: int) -> None:
         channel = BackendChannel(fd)
 
-        def ready(_: int) -> None:
+        def ready(events: int) -> None:
             channel.work()
+            if events & HUP and channel.broken is None:  # reported for ever
+                channel.broken = "it is broken"
             self._after(channel)
 
         try:
@@ -328,6 +345,11 @@ class Queues:
         self._close_channel()
         self._backend_channel, self._channel_blocked = channel, False
         self._tell_config()
+        for queue in self._queues.values():  # what the one before did not get to
+            if queue.ring is not None and queue.call is None:
+                self._call(queue)
+            if queue.broken and queue.error is None:
+                self._error(queue)
 
     def _close_channel(self) -> None:
         channel, self._backend_channel = self._backend_channel, None
@@ -609,8 +631,7 @@ class Queues:
             def kicked(events: int) -> None:
                 self._counters.kicks += 1
                 os.set_blocking(kick, False)  # as in `_notify`
-                drain_fd(kick)
-                if events & HUP:  # reported for ever
+                if not drain_fd(kick) or events & HUP:  # reported for ever
                     self._poller.forget(kick)
                 if queue.ring is not None:
                     try:

@@ -13,9 +13,6 @@ from collections.abc import Callable
 from ..errors import RefusedError
 from .poller import IN, OUT, Poller
 
-#: A state larger than this is none of ours: the journals of 127 ports are smaller.
-_MOST = 1 << 28
-
 _CHUNK = 1 << 18
 
 #: Chunks before everything else has its turn.
@@ -25,7 +22,8 @@ _TURN = 16
 class Transfer:
     """At most one transfer at a time; `save` makes a state, `load` takes one or refuses it.
 
-    `saved` is true once the frontend knows that it has the whole state, until the device goes on.
+    A state has no more than `most()` bytes. `saved` is true once the frontend knows that it has the
+    whole state, until the device goes on.
     """
 
     def __init__(
@@ -34,11 +32,13 @@ class Transfer:
         log: logging.LoggerAdapter[logging.Logger],
         save: Callable[[], bytes],
         load: Callable[[bytes], None],
+        most: Callable[[], int],
     ) -> None:
         self._poller = poller
         self._log = log
         self._save = save
         self._load = load
+        self._most = most
         self._fd: int | None = None
         self._loading = False
         self._unsent = memoryview(b"")
@@ -59,28 +59,35 @@ class Transfer:
 
     def _begin(self, fd: int, events: int, *, loading: bool) -> None:
         try:
-            self._poller.watch(fd, lambda _: self._move(_TURN), events, file_too=True)
+            self._poller.watch(fd, self._ready, events, file_too=True)
         except OSError as error:
             os.close(fd)
             raise RefusedError(f"the way of a state cannot be waited on: {error}") from None
         self._fd = fd
         self._loading = loading
 
-    def _move(self, chunks: int) -> None:
-        """Move what can be moved now, no more than so many chunks."""
+    def _ready(self, _: int) -> None:
+        if not self._move(_TURN):  # it would be ready for ever
+            self._fail("its descriptor says that it is ready, and is not")
+
+    def _move(self, chunks: int) -> bool:
+        """Move what can be moved now, no more than so many chunks; return whether that was any."""
+        moved = False
         try:
             for _ in range(chunks):
                 if self._fd is None:
-                    return
+                    break
                 os.set_blocking(self._fd, False)  # the frontend may have undone it
                 if self._loading:
                     self._take(self._fd)
                 else:
                     self._give(self._fd)
+                moved = True
         except BlockingIOError:
-            return
+            return moved
         except (OSError, RefusedError) as error:
             self._fail(str(error))
+        return True
 
     def _give(self, fd: int) -> None:
         self._unsent = self._unsent[os.write(fd, self._unsent[:_CHUNK]) :]
@@ -91,8 +98,8 @@ class Transfer:
     def _take(self, fd: int) -> None:
         data = os.read(fd, _CHUNK)
         self._received += data
-        if len(self._received) > _MOST:
-            raise RefusedError(f"it has more than {_MOST} bytes")
+        if len(self._received) > (most := self._most()):
+            raise RefusedError(f"it has more than {most} bytes")
         if not data:
             state = bytes(self._received)
             self._end()
@@ -104,16 +111,15 @@ class Transfer:
         self._end()
 
     def check(self) -> bool:
-        """Say whether the last transfer is over and was whole; each is told of once.
+        """Say whether the last transfer is over and was whole.
 
         The frontend asks when it has seen the end, so what is left can be moved without waiting.
         """
-        self._move(_MOST // _CHUNK + 2)
+        self._move(self._most() // _CHUNK + 2)
         if self._fd is not None:
             self._fail("the frontend asked how it went before it was over")
-        whole, self._whole = self._whole, False
-        self.saved = whole and not self._loading
-        return whole
+        self.saved = self._whole and not self._loading
+        return self._whole
 
     def stop(self) -> None:
         """Let go of a transfer and of how it went, as a new one begins or the device goes on."""

@@ -74,6 +74,8 @@ def test_calls_wait_for_the_answer_to_the_one_before(uml: ConsoleDriver) -> None
     """A frontend that does not get to its calls has one a ring, and one more when it has."""
     tx = uml.port.tx
     frontend = uml.frontend
+    others = [queue for queue in frontend.queues.values() if queue is not tx]
+    before = sum(queue.called for queue in others)
     frontend.answers = False
     for _ in range(5):
         tx.driver.enable_calls()
@@ -84,11 +86,41 @@ def test_calls_wait_for_the_answer_to_the_one_before(uml: ConsoleDriver) -> None
     assert tx.take_calls() == 1
     channel = frontend.backend_channel
     assert channel is not None
-    channel.sendall(bytes.fromhex("04000000 05000000 08000000 0000000000000000"))
+    for _ in range(1 + sum(queue.called for queue in others) - before):
+        channel.sendall(bytes.fromhex("04000000 05000000 08000000 0000000000000000"))
     frontend.answers = True
     until(lambda: tx.take_calls() == 1, "the call that waited never came")
     frontend.barrier()
     assert tx.take_calls() == 0
+
+
+def test_a_call_that_waits_comes_by_the_next_channel(uml: ConsoleDriver) -> None:
+    """A frontend that opens another channel gets what the one before had no turn for."""
+    tx = uml.port.tx
+    frontend = uml.frontend
+    frontend.answers = False
+    for _ in range(2):
+        tx.driver.enable_calls()
+        tx.driver.add([b"x"])
+        tx.driver.publish()
+        tx.kick()
+        assert len(tx.driver.reap()) == 1
+    assert tx.take_calls() == 1
+    frontend.answers = True
+    frontend.set_backend_req_fd()
+    until(lambda: tx.take_calls() == 1, "the call that waited never came")
+
+
+def test_an_error_that_came_too_early_comes_by_the_next_channel(uml: ConsoleDriver) -> None:
+    """A queue that is broken is told of again to a frontend that opens another channel."""
+    tx = uml.port.tx
+    tx.driver.offer(tx.driver.size)
+    tx.driver.publish()
+    tx.kick()
+    uml.frontend.set_backend_req_fd()
+    while not uml.frontend.broken:  # behind a call for each of the others
+        uml.frontend.recv_backend()
+    assert uml.frontend.broken == [1]
 
 
 def test_a_queue_that_breaks_is_told_of(uml: ConsoleDriver) -> None:

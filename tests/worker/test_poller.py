@@ -512,10 +512,10 @@ def test_work_within_the_window_is_found_without_sleep(clock: Clock) -> None:
 def test_an_eventfd_is_drained_at_once() -> None:
     fd = os.eventfd(5, os.EFD_NONBLOCK)
     try:
-        drain_fd(fd)
+        assert drain_fd(fd)
         with pytest.raises(BlockingIOError):
             os.read(fd, 8)
-        drain_fd(fd)
+        assert drain_fd(fd)
     finally:
         os.close(fd)
 
@@ -523,7 +523,7 @@ def test_an_eventfd_is_drained_at_once() -> None:
 def test_a_socket_is_drained(pair: tuple[socket.socket, ...]) -> None:
     one, other = pair
     other.send(bytes(80))
-    drain_fd(one.fileno())
+    assert drain_fd(one.fileno())
     with pytest.raises(BlockingIOError):
         one.recv(1)
 
@@ -536,8 +536,14 @@ def test_a_socket_that_was_reset_has_nothing(pair: tuple[socket.socket, ...]) ->
     assert one.recv(1) == b""  # the reset was taken
 
 
-def test_what_cannot_be_read_has_nothing() -> None:
+def test_what_is_at_its_end_is_not_to_be_watched(pair: tuple[socket.socket, ...]) -> None:
+    one, other = pair
+    other.shutdown(socket.SHUT_WR)
+    assert not drain_fd(one.fileno())
+
+
+def test_what_cannot_be_read_is_not_to_be_watched() -> None:
     read, write = os.pipe()
     os.close(read)
-    drain_fd(write)
+    assert not drain_fd(write)
     os.close(write)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import select
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 from vhost_device_console.errors import FrontendError, RefusedError
@@ -26,6 +27,7 @@ from vhost_device_console.worker.virtqueue.ring import Ring
 
 LOG_ALL = 1 << 26
 PAGE = 4096
+IP_RECVERR = 11  # linux/in.h; the socket module has no name for it
 SIZE = 1 << 20
 
 
@@ -275,6 +277,110 @@ def test_a_device_that_went_on_has_not_moved(scene: Scene) -> None:
     finally:
         os.close(read)
         os.close(write)
+
+
+def dead_process(_: ExitStack) -> int:
+    """Return a descriptor of a process that has ended: readable for ever, with nothing to read."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    fd = os.pidfd_open(child)
+    os.waitpid(child, 0)
+    return fd
+
+
+def caller(stack: ExitStack) -> int:
+    """Return a listening socket with somebody who waits to be taken."""
+    listening = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    stack.enter_context(socket.create_connection(listening.getsockname()))
+    return os.dup(listening.fileno())
+
+
+def no_more(stack: ExitStack) -> int:
+    """Return a socket whose other end has said that nothing more will come."""
+    ours, theirs = socket.socketpair()
+    stack.enter_context(ours).shutdown(socket.SHUT_WR)
+    return theirs.detach()
+
+
+def failed(stack: ExitStack) -> int:
+    """Return a socket with an error that only recvmsg(MSG_ERRQUEUE) would take away."""
+    sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    sock.setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        sock.connect(nobody.getsockname())
+    sock.send(b"x")
+    assert select.select([sock], [], [], 20)[0]
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    return os.dup(sock.fileno())
+
+
+READY_FOR_EVER = pytest.mark.parametrize("ready", [dead_process, caller, no_more, failed])
+
+
+def look_often(poller: Poller) -> None:
+    """Let the loop look at its descriptors many times."""
+    rounds = iter(range(20))
+
+    def flush() -> bool:
+        if next(rounds, None) is None:
+            poller.stop()
+        return True
+
+    poller.run(lambda: False, flush, lambda: False)
+
+
+@READY_FOR_EVER
+def test_a_kick_that_is_ready_for_ever_is_heard_once(
+    scene: Scene, ready: Callable[[ExitStack], int]
+) -> None:
+    with ExitStack() as stack:
+        fd = ready(stack)
+        stack.callback(os.close, fd)
+        scene.queues.apply(fx.StartRing(1, 8, scene.addr(), 0, fd, True))
+        look_often(scene.poller)
+        assert scene.counters.kicks == 1
+
+
+@READY_FOR_EVER
+def test_a_channel_that_is_ready_for_ever_is_given_up(
+    scene: Scene, ready: Callable[[ExitStack], int], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with ExitStack() as stack:
+        fd = ready(stack)
+        stack.callback(os.close, fd)
+        scene.queues.apply(fx.SetBackendChannel(fd))
+        look_often(scene.poller)
+        assert "no more messages to the frontend" in caplog.text
+
+
+@READY_FOR_EVER
+def test_a_state_from_what_is_ready_for_ever_is_over(
+    scene: Scene, ready: Callable[[ExitStack], int], caplog: pytest.LogCaptureFixture
+) -> None:
+    with ExitStack() as stack:
+        fd = ready(stack)
+        stack.callback(os.close, fd)
+        scene.queues.apply(fx.LoadState(fd))
+        look_often(scene.poller)
+        assert "not transferred" in caplog.text or "load b''" in scene.device.calls
+
+
+def test_a_guest_that_breaks_its_queues_on_and_on_does_not_fill_the_log(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(50):
+        scene.driver = SplitDriver(scene.memory, 8)
+        scene.start()
+        scene.driver.offer(8)  # there is no such descriptor
+        scene.driver.publish()
+        scene.queues.drain()
+        scene.queues.apply(fx.StopRing(1))
+    assert scene.counters.broken == 50
+    assert caplog.text.count("is broken") == 10
+    caplog.clear()  # the errors know the frames that know the memory
 
 
 INBAND = ProtocolFeature.INBAND_NOTIFICATIONS | ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from vhost_device_console.errors import RefusedError
-from vhost_device_console.worker import transfer as module
 from vhost_device_console.worker.poller import Poller
 from vhost_device_console.worker.transfer import Transfer
 
@@ -25,9 +25,12 @@ class Scene:
         self.poller = Poller(0)
         self.loaded: list[bytes] = []
         self.state = STATE
+        self.most = len(STATE)
         self.refuses = False
         log = logging.LoggerAdapter(logging.getLogger("test"))
-        self.transfer = Transfer(self.poller, log, lambda: self.state, self._load)
+        self.transfer = Transfer(
+            self.poller, log, lambda: self.state, self._load, lambda: self.most
+        )
 
     def _load(self, data: bytes) -> None:
         if self.refuses:
@@ -170,8 +173,8 @@ def test_an_empty_state_is_one(scene: Scene) -> None:
     os.close(read)
 
 
-def test_a_state_has_a_largest_size(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MOST", 10)
+def test_a_state_has_a_largest_size(scene: Scene) -> None:
+    scene.most = 10
     read, write = channel("pipe")
     os.write(write, bytes(11))
     os.close(write)
@@ -190,12 +193,26 @@ def test_a_file_will_do(scene: Scene, tmp_path: Path) -> None:
     assert scene.loaded == [STATE]
 
 
-def test_an_outcome_is_told_once(scene: Scene) -> None:
+def test_an_outcome_is_told_as_often_as_it_is_asked_for(scene: Scene) -> None:
     scene.state = b""
     read, write = channel("pipe")
     scene.transfer.send(write)
     os.close(read)
-    assert [scene.transfer.check(), scene.transfer.check()] == [True, False]
+    assert [scene.transfer.check(), scene.transfer.check()] == [True, True]
+    assert scene.transfer.saved
+
+
+def test_a_way_that_is_ready_and_takes_nothing_fails(
+    scene: Scene, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A count has room, but not for so much: it would be ready for ever."""
+    scene.state = struct.pack("=Q", 1 << 63)
+    count = os.eventfd(0, os.EFD_NONBLOCK)
+    os.eventfd_write(count, 1 << 63)
+    scene.transfer.send(os.dup(count))
+    scene.until(lambda: "says that it is ready" in caplog.text)
+    os.close(count)
+    assert not scene.transfer.check()
 
 
 def test_nothing_was_moved_at_first(scene: Scene) -> None:
