@@ -25,7 +25,7 @@ from .virtqueue import inflight
 from .virtqueue.inflight import Inflight, PackedState, SplitState
 from .virtqueue.log import DirtyLog
 from .virtqueue.memory import GuestMemory, Region, map_region
-from .virtqueue.ring import Ring, place
+from .virtqueue.ring import Ring, check_size, place
 
 #: Buffers of one queue before the next queue has its turn.
 BUDGET = 64
@@ -86,6 +86,9 @@ class Carrier(Protocol):
     def save(self) -> bytes:
         """Return the device's state; no queue runs."""
 
+    def largest_state(self) -> int:
+        """Return how many bytes a state can have that this device could load."""
+
     def load(self, data: bytes) -> None:
         """Become the device of that state; no queue runs. Raises RefusedError when it cannot be."""
 
@@ -113,10 +116,6 @@ class _Queue:
         self.error: int | None = None
         self.error_inband = True
         self.work = IDLE
-
-
-def _largest_state() -> int:
-    return 1 << 32
 
 
 def _close(fd: int | None) -> None:
@@ -176,7 +175,7 @@ class Queues:
         self._channel_blocked = False
         self._config_changed = False
         self._breaks = 0
-        self._transfer = Transfer(poller, log, carrier.save, carrier.load, _largest_state)
+        self._transfer = Transfer(poller, log, carrier.save, carrier.load, carrier.largest_state)
         self._dirty: DirtyLog | None = None
         self._dirty_event: int | None = None
         self._fault: FrontendError | None = None
@@ -379,6 +378,8 @@ class Queues:
                 self._use([*self._regions, map_region(fd, *region)])
             case fx.RemoveMemory(region):
                 self._remove(region)
+            case fx.CheckSize(size):
+                check_size(size, self._features)
             case fx.CheckRing(ring, size, addr, base):
                 self._place(self._queue(ring), size, addr, base)
             case fx.StartRing():
@@ -417,8 +418,6 @@ class Queues:
             case fx.SetBackendChannel(fd):
                 self._open_channel(_dup(fd))
             case fx.MakeInflight(queues, size):
-                if queues > wire.MOST_QUEUES:
-                    raise RefusedError(f"there are no {queues} queues to keep in flight")
                 try:
                     fd, total = inflight.create(queues, size, self._features)
                 except OSError as error:

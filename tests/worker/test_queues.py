@@ -26,6 +26,7 @@ from vhost_device_console.worker.vhost_user.message import (
 from vhost_device_console.worker.virtqueue.ring import Ring
 
 LOG_ALL = 1 << 26
+PACKED = 1 << 34
 PAGE = 4096
 IP_RECVERR = 11  # linux/in.h; the socket module has no name for it
 SIZE = 1 << 20
@@ -67,6 +68,9 @@ class Echoes:
     def save(self) -> bytes:
         self.calls.append("save")
         return b"state"
+
+    def largest_state(self) -> int:
+        return SIZE
 
     def load(self, data: bytes) -> None:
         self.calls.append(f"load {data!r}")
@@ -229,6 +233,19 @@ def test_a_log_is_forgotten_once_its_migration_is_over(scene: Scene) -> None:
         scene.offer()
         scene.queues.drain()
         assert not any(os.pread(fd, size, 0))
+
+
+def test_the_format_says_which_sizes_there_are(scene: Scene) -> None:
+    with pytest.raises(RefusedError, match="power of two"):
+        scene.queues.apply(fx.CheckSize(100))
+    scene.queues.apply(fx.SetFeatures(PACKED))
+    scene.queues.apply(fx.CheckSize(100))
+
+
+def test_a_size_is_looked_at_again_when_the_ring_starts(scene: Scene) -> None:
+    """The format may be chosen after the size."""
+    with pytest.raises(RefusedError, match="power of two"):
+        scene.queues.apply(fx.StartRing(1, 100, scene.addr(), 0, scene.kick, True))
 
 
 def test_no_room_for_an_area_is_a_refusal(scene: Scene) -> None:

@@ -51,6 +51,12 @@ class RemoveMemory(NamedTuple):
     region: wire.Region
 
 
+class CheckSize(NamedTuple):
+    """Refuse a number of entries that no ring of the chosen format has."""
+
+    size: int
+
+
 class CheckRing(NamedTuple):
     """Are a ring's three areas in memory? It is not running, or will be stopped."""
 
@@ -192,6 +198,7 @@ Effect = (
     | MapMemory
     | AddMemory
     | RemoveMemory
+    | CheckSize
     | CheckRing
     | StartRing
     | KickRing
@@ -496,17 +503,12 @@ class Session:
     def _set_vring_num(self, payload: bytes, _: list[int]) -> Steps:
         index, size = wire.VringState.decode(payload)
         ring = self._ring(index)
-        self._check_size(index, size)
+        if size > self.largest:
+            raise RefusedError(f"queue {index} cannot have {size} entries, only {self.largest}")
+        yield CheckSize(size)
         yield from self._describe(index, ring)
         ring.size = size
         return None
-
-    def _check_size(self, index: int, size: int) -> None:
-        if not 0 < size <= self.largest or (size & (size - 1) and not self._packed()):
-            what = "any number" if self._packed() else "a power of two"
-            raise RefusedError(
-                f"queue {index} cannot have {size} entries: {what} up to {self.largest}"
-            )
 
     def _set_vring_addr(self, payload: bytes, _: list[int]) -> Steps:
         addr = VringAddr.decode(payload)
@@ -549,7 +551,6 @@ class Session:
     def _start(self, index: int, ring: _Ring, kick: int | None) -> Steps:
         if ring.addr is None:
             raise RefusedError(f"queue {index} cannot start: it has no addresses")
-        self._check_size(index, ring.size)  # the features may have come after it
         enabled = ring.enabled or not self._can_disable()
         yield StartRing(index, ring.size, ring.addr, self._base(ring), kick, enabled)
         ring.running = True
@@ -609,6 +610,7 @@ class Session:
     def _get_inflight_fd(self, payload: bytes, _: list[int]) -> Steps:
         _size, _offset, queues, queue_size = wire.InflightArea.decode(payload)
         try:
+            _check_queues(queues)
             size, offset, fd = yield MakeInflight(queues, queue_size)
         except RefusedError:
             size, offset, fd = 0, 0, None  # QEMU then does without
@@ -617,6 +619,7 @@ class Session:
 
     def _set_inflight_fd(self, payload: bytes, fds: list[int]) -> Steps:
         area = wire.InflightArea.decode(payload)
+        _check_queues(area.queues)
         yield SetInflight(area, _one(fds, "an inflight area"))
         return None
 
@@ -725,6 +728,11 @@ def _one(fds: list[int], what: str) -> int:
     if len(fds) != 1:
         raise RefusedError(f"{what} is one fd, not {len(fds)}")
     return fds[0]
+
+
+def _check_queues(queues: int) -> None:
+    if queues > wire.MOST_QUEUES:
+        raise RefusedError(f"there are no {queues} queues, only {wire.MOST_QUEUES}")
 
 
 def _vring_fd(payload: bytes, fds: list[int]) -> tuple[int, int | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from ... import config
 from ...errors import RefusedError
 from .chain import Chain
 from .features import EVENT_IDX, IN_ORDER, INDIRECT_DESC, RING_PACKED, RING_RESET
@@ -17,9 +18,6 @@ from .tracked import TrackedPackedQueue, TrackedSplitQueue
 #: What a device with these rings offers. IN_ORDER is kept by every user of a ring: it pushes what
 #: it popped in that order. RING_RESET is a stop and a start to a ring, as any other.
 RING_FEATURES = INDIRECT_DESC | EVENT_IDX | RING_PACKED | IN_ORDER | RING_RESET
-
-#: The most entries a ring of either format can have (2.7, 2.8.10.1).
-LARGEST = 1 << 15
 
 
 class Ring(Protocol):
@@ -70,9 +68,17 @@ class Ring(Protocol):
         """
 
 
-def valid_size(size: int, features: int) -> bool:
-    """Say whether a ring can have `size` entries, in the format that `features` choose."""
-    return 0 < size <= LARGEST and (bool(features & RING_PACKED) or not size & (size - 1))
+def check_size(size: int, features: int) -> None:
+    """Raise RefusedError when no ring of the format that `features` choose has `size` entries.
+
+    Source: VIRTIO 1.2, sections 2.7 and 2.8.10.1.
+    """
+    packed = bool(features & RING_PACKED)
+    if not 0 < size <= config.LARGEST_QUEUE or (size & (size - 1) and not packed):
+        wanted = "any number" if packed else "a power of two"
+        raise RefusedError(
+            f"a ring cannot have {size} entries: {wanted} from 1 to {config.LARGEST_QUEUE}"
+        )
 
 
 def place(
@@ -101,9 +107,7 @@ def place(
     or `inflight` is of the other format or too small.
     """
     packed = bool(features & RING_PACKED)
-    if not valid_size(size, features):
-        wanted = "any number" if packed else "a power of two"
-        raise RefusedError(f"a ring cannot have {size} entries: {wanted} from 1 to {LARGEST}")
+    check_size(size, features)
     if inflight is not None and packed != isinstance(inflight, PackedState):
         raise RefusedError("an inflight area was made for rings of the other format")
     where = (memory, size, desc, avail, used)
