@@ -296,13 +296,14 @@ def test_a_device_that_went_on_has_not_moved(scene: Scene) -> None:
         os.close(write)
 
 
-def dead_process(_: ExitStack) -> int:
+def dead_process(stack: ExitStack) -> int:
     """Return a descriptor of a process that has ended: readable for ever, with nothing to read."""
     child = os.fork()
     if child == 0:
         os._exit(0)
     fd = os.pidfd_open(child)
-    os.waitpid(child, 0)
+    stack.callback(os.waitpid, child, 0)
+    assert select.select([fd], [], [], 20)[0]
     return fd
 
 
