@@ -30,6 +30,9 @@ from .virtqueue.ring import Ring, check_size, place
 #: Buffers of one queue before the next queue has its turn.
 BUDGET = 64
 
+#: How often rings are looked at that are not kicked, since no descriptor came for that.
+_POLL_S = 0.001
+
 #: Broken queues that are logged one by one; the rest of a session's are only counted.
 _LOGGED_BREAKS = 10
 
@@ -174,6 +177,7 @@ class Queues:
         self._backend_channel: BackendChannel | None = None
         self._channel_blocked = False
         self._config_changed = False
+        self._polling = poller.timer(self._poll)
         self._breaks = 0
         self._transfer = Transfer(poller, log, carrier.save, carrier.load, carrier.largest_state)
         self._dirty: DirtyLog | None = None
@@ -561,6 +565,7 @@ class Queues:
         self._watch_kick(queue, effect.kick)
         if queue.ring is None:
             self._begin(queue, effect)
+        self._poll()
 
     def _begin(self, queue: _Queue, start: fx.StartRing) -> None:
         ring = self._resume(queue, start)
@@ -622,6 +627,13 @@ class Queues:
         queue.work = IDLE
         self._running.remove(queue)
         self._carrier.stopped(queue.index, ring)
+
+    def _poll(self) -> None:
+        """Have the loop look again soon, if there is a ring that nobody kicks."""
+        if ProtocolFeature.INBAND_NOTIFICATIONS in self._protocol:
+            return
+        if any(queue.kick is None for queue in self._running):
+            self._polling.start(_POLL_S)
 
     def _watch_kick(self, queue: _Queue, fd: int | None) -> None:
         kick = _keep(fd)

@@ -58,7 +58,7 @@ from vhost_device_console.worker.vhost_user.message import (
 )
 
 from conftest import StartDaemon
-from launch import WITHIN, command, until
+from launch import WITHIN, command, receive_until, until
 
 PAGE = 4096
 TWO_QUEUES = DRIVER_FEATURES & ~Feature.MULTIPORT
@@ -856,3 +856,21 @@ def test_backend_channel_is_replaced(pair: Pair, frontend: Frontend) -> None:
         frontend.set_backend_req_fd()
         assert footprint(pair.worker) == held
         assert first.recv(1) == b""
+
+
+def test_rings_that_nobody_kicks_are_polled(pair: Pair) -> None:
+    """Without kick descriptors both directions work, until the rings are kicked again."""
+    with attach(pair.daemon) as peer, boot(pair.daemon) as console:
+        for index in (0, 1):
+            console.frontend.set_vring_kick(index, None)
+        for _ in range(3):
+            console.port.tx.driver.add([b"polled"])
+            console.port.tx.driver.publish()
+            console.port.flush()
+            assert receive_until(peer, b"polled") == b"polled"
+            peer.sendall(b"typed")
+            assert console.read(5) == b"typed"
+        for index in (0, 1):
+            queue = console.frontend.queues[index]
+            console.frontend.set_vring_kick(index, queue.new_kick_fd())
+        converse(console, peer)

@@ -67,7 +67,9 @@ class CheckRing(NamedTuple):
 
 
 class StartRing(NamedTuple):
-    """Run a ring from now on, or give a running one another kick fd; None: kicks are messages.
+    """Run a ring from now on, or give a running one another kick fd.
+
+    None: kicks are messages, or there are none and the ring is to be polled.
 
     `base` is where a ring goes on that cannot tell by itself.
     """
@@ -543,8 +545,6 @@ class Session:
     def _set_vring_kick(self, payload: bytes, fds: list[int]) -> Steps:
         index, fd = _vring_fd(payload, fds)
         ring = self._ring(index)
-        if fd is None and ProtocolFeature.INBAND_NOTIFICATIONS not in self.protocol:
-            raise RefusedError(f"queue {index} has no kick fd: rings are not polled here")
         yield from self._start(index, ring, fd)
         return None
 
