@@ -466,6 +466,15 @@ class Rings(Machine):
 
     # The session
 
+    @rule(seed=SEED)
+    def restart_at_the_first_entry(self, seed: int) -> None:
+        """Restart where a packed ring's lap begins, be it the first one or any other."""
+        self.finish()
+        while self.driver.base & FRESH - 1 and self.packed:
+            self.offer_one([1], "direct", random.Random(0))
+            self.finish()
+        self.restart(False, 0, seed)
+
     @rule(crash=st.booleans(), turns=SOME, seed=SEED)
     def restart(self, crash: bool, turns: int, seed: int) -> None:
         """Stop the ring and start it where it was: what was not used is popped again.
