@@ -437,7 +437,7 @@ def test_a_kick_before_addresses_is_refused(session: Session) -> None:
 def test_a_ring_needs_no_kick_fd(session: Session) -> None:
     addr = prepare(session)
     effects, reply = run(session, Request.SET_VRING_KICK, VringFd(0, False).encode())
-    assert (effects, reply) == ([fx.StartRing(0, 256, addr, 0, None, False)], None)
+    assert (effects, reply) == ([fx.StartRing(0, 256, addr, 0, None, True)], None)
 
 
 def test_an_inband_kick_starts_a_ring_and_serves_it(full: Session) -> None:
