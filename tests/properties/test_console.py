@@ -584,4 +584,4 @@ class Consoles(Machine):
 
 @pytest.mark.parametrize("resizes", [False, True], ids=["without sizes", "with sizes"])
 def test_every_byte_and_message_is_accounted_for(resizes: bool) -> None:
-    run(Consoles, resizes, examples=100, steps=30)
+    run(Consoles, resizes, examples=80, steps=30)
