@@ -68,10 +68,10 @@ class PackedQueue(ChainReader):
         self._driver_event = memory.user(avail, 4).cast("I")
         self._device_event = memory.user(used, 4).cast("I")
         start = base >> 16
-        if start == 0 and not self._desc[1] >> 48 & _USED:
-            # On a lap whose counter is 0, entry 0 has USED set: either the driver's or, from the
-            # lap before, ours. So this ring is fresh, and somebody knows of no wrap counters (Linux
-            # says 0 of any fresh ring in User Mode Linux).
+        if start == 0 and not any(word >> 48 & _USED for word in self._desc[1::2]):
+            # After a lap some entry has USED set, the first one of a chain that was used on it. So
+            # this ring is fresh, and somebody knows of no wrap counters (Linux says 0 of any fresh
+            # ring in User Mode Linux).
             start = _WRAP
         if start & _ENTRY >= size:
             raise RefusedError(f"a packed ring of {size} entries cannot go on at {base:#x}")

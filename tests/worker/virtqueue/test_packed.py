@@ -337,6 +337,21 @@ def test_a_base_of_0_is_taken_at_its_word_after_one_lap(ring: MakeSides, early: 
     assert data_of(r.pop()) == b"again"
 
 
+def test_a_base_of_0_is_taken_at_its_word_where_a_chain_went_around_the_end(
+    ring: MakeSides,
+) -> None:
+    """Entry 0 was in the middle of that chain: it still says what the driver wrote there."""
+    r = ring(0)
+    for length in (SIZE, SIZE - 1, 3, SIZE - 2):
+        r.driver.add([b"x"] * length)
+        r.driver.publish()
+        r.done()
+        r.driver.reap()
+    assert r.queue.index == r.driver.base == 0
+    r.queue = r.serve(0)
+    assert not r.queue.ready()
+
+
 @pytest.mark.parametrize("base", [SIZE << 16, 0xFFFF_FFFF, (0x8000 | SIZE) << 16])
 def test_a_base_past_the_ring_is_refused(ring: MakeSides, base: int) -> None:
     r = ring(0)
