@@ -279,17 +279,20 @@ class Guest:
             self._loaded.apply()
             self._loaded = None
         self._thaw()
-        role, port = self._console.role(index)
         control = self._console.control
-        match role:
-            case Role.OUTPUT if port:
-                port.come_back()
+        match self._console.role(index)[0]:
             case Role.CONTROL_TO_GUEST:
                 self._new_driver = ring.fresh
             case Role.CONTROL_FROM_GUEST if ring.fresh and self._new_driver:
                 control.reset()
             case Role.CONTROL_FROM_GUEST:
                 control.presume(told=not self._new_driver)
+
+    def disabled(self, index: int) -> None:
+        """Keep what is held, as in `stopped`."""
+        role, port = self._console.role(index)
+        if port and port.holding and role is Role.OUTPUT:
+            self.stopped(index, self._queues.probe(index))
 
     def leaving(self, index: int, ring: Ring) -> None:
         """Take what is held: the guest's last words must not go with it."""
@@ -311,13 +314,14 @@ class Guest:
         console = self._console
         role, port = console.role(index)
         match role:
-            case Role.OUTPUT if port and not enabled and (port.blocking or port.holding):
-                return IDLE  # the rest of what the guest wrote before; it can wait
+            case Role.OUTPUT if port and not enabled and port.blocking:
+                return IDLE  # every byte counts; it can wait
             case Role.OUTPUT if port is None or not enabled:
                 return Work(ring.ready, partial(discard, ring, BUDGET, port), _always)
             case _ if not enabled:
                 return IDLE
             case Role.OUTPUT if port:
+                port.come_back()
                 return Work(
                     ring.ready, partial(port.take_output, ring, BUDGET), lambda: not port.holding
                 )

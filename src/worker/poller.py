@@ -209,15 +209,16 @@ class Poller:
         self._epoll.close()
 
 
-def drain_fd(fd: int) -> bool:
+def drain_fd(fd: int) -> int | None:
     """Take what makes a notification fd readable: an eventfd's count, a socket's or pipe's bytes.
 
     One read is enough for an eventfd; whatever else is in a socket wakes the loop once more. Return
-    whether to go on watching: what is at its end or cannot be read would be ready for ever.
+    how many bytes came, None when somebody else took them, 0 when the fd is at its end or cannot be
+    read: it would be ready for ever.
     """
     try:
-        return bool(os.read(fd, 4096))
-    except BlockingIOError:  # somebody else took it
-        return True
+        return len(os.read(fd, 4096))
+    except BlockingIOError:
+        return None
     except OSError:
-        return False
+        return 0

@@ -77,6 +77,9 @@ class Carrier(Protocol):
     def work(self, index: int, ring: Ring, enabled: bool) -> Work:
         """Return what serving the queue means while it is `enabled` or not."""
 
+    def disabled(self, index: int) -> None:
+        """Hear that a queue is disabled, while its ring can still be looked at."""
+
     def leaving(self, index: int, ring: Ring) -> None:
         """Take what can be taken from a queue that runs: its frontend has gone."""
 
@@ -388,8 +391,11 @@ class Queues:
                 self._place(self._queue(ring), size, addr, base)
             case fx.StartRing():
                 self._start(effect)
-            case fx.KickRing():
+            case fx.KickRing(ring):
                 self._counters.kicks += 1
+                queue = self._queue(ring)
+                if queue.ring is not None and not queue.enabled:
+                    self._discard(queue, queue.ring)
                 self.drain_all()
                 self._changed()
             case fx.LogRing(ring, addr):
@@ -576,9 +582,9 @@ class Queues:
         except RefusedError:
             queue.start, queue.ring, queue.enabled = before
             raise
-        ring.refuse_kicks()
         self._carrier.started(queue.index, ring)
         if queue.enabled:
+            ring.refuse_kicks()
             queue.work = self._carrier.work(queue.index, ring, True)
         self._running.append(queue)
         self._transfer.stop()
@@ -607,10 +613,39 @@ class Queues:
         ring = queue.ring
         if ring is None or enabled == queue.enabled:
             return
-        if not enabled:
-            self.drain_all()  # what was there while it was enabled counts
-        queue.enabled = enabled
-        queue.work = self._carrier.work(queue.index, ring, enabled)
+        if enabled:
+            queue.enabled = True
+            queue.work = self._carrier.work(queue.index, ring, True)
+            return
+        self.drain_all()  # what was there while it was enabled counts
+        self._carrier.disabled(queue.index)
+        queue.enabled = False
+        queue.work = IDLE
+        # Linux' UML disables a ring and gives its memory to somebody else: from here on it is only
+        # touched when it is kicked, and kicks from before do not count.
+        ring.want_kicks()
+        if queue.kick is not None:
+            drain_fd(queue.kick)
+
+    def _discard(self, queue: _Queue, ring: Ring) -> None:
+        """Serve a disabled queue that was kicked, without effect."""
+        work = self._carrier.work(queue.index, ring, False)
+        try:
+            while work.wanted() and work.serve():
+                self._publish(queue)
+            if work is not IDLE:
+                ring.want_kicks()
+        except GuestError as error:
+            self._break(queue, error)
+        except FrontendError as error:
+            self._fault = error  # the next `drain` tells
+
+    def probe(self, index: int) -> Ring:
+        """Return another view of a running ring: what is popped there stays in the ring."""
+        queue = self._queues[index]
+        if queue.ring is None or queue.start is None:
+            raise RefusedError(f"queue {index} does not run")
+        return self._place(queue, queue.start.size, queue.start.addr, queue.ring.index)
 
     def _stop(self, queue: _Queue) -> int:
         self._halt(queue)
@@ -642,9 +677,12 @@ class Queues:
             def kicked(events: int) -> None:
                 self._counters.kicks += 1
                 os.set_blocking(kick, False)  # as in `_notify`
-                if not drain_fd(kick) or events & HUP:  # reported for ever
+                count = drain_fd(kick)
+                if count == 0 or events & HUP:  # reported for ever
                     self._poller.forget(kick)
-                if queue.ring is not None:
+                if queue.ring is not None and not queue.enabled and count:
+                    self._discard(queue, queue.ring)
+                elif queue.ring is not None and queue.enabled:
                     try:
                         queue.ring.refuse_kicks()
                     except FrontendError as error:

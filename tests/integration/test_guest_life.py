@@ -27,7 +27,9 @@ from scene import (
     wait_port,
 )
 from vhost_device_console.testing import (
+    DRIVER_FEATURES,
     ConsoleDriver,
+    Feature,
     Frontend,
     GuestMemory,
     SplitDriver,
@@ -268,6 +270,34 @@ def test_disabled_ring_shows_nothing(pair: Pair) -> None:
         assert console.read(4) == b"held"
         console.write(b"seen")
         assert exactly(peer, 4) == b"seen"
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_the_memory_of_a_disabled_ring_is_left_alone(pair: Pair, packed: bool) -> None:
+    """UML gives it to somebody else, with no word but that the ring is disabled."""
+    features = DRIVER_FEATURES | (Feature.RING_PACKED if packed else Feature(0))
+    features &= ~Feature.EVENT_IDX
+    with boot(pair.daemon, connect=connect_like_uml, features=features) as console:
+        frontend = console.frontend
+        drivers = [frontend.queues[index].driver for index in range(4)]
+        memory = drivers[0].memory
+        for index in (3, 2, 1, 0):
+            frontend.disable(index)
+        areas = [(each.desc_addr, 256 * 16) for each in drivers]
+        if not packed:
+            areas += [(each.avail_addr, 4 + 2 * 256) for each in drivers]
+            areas += [(each.used_addr, 4 + 8 * 256) for each in drivers]
+        else:
+            areas += [(each.used_addr, 4) for each in drivers]
+        for addr, size in areas:
+            memory.write(addr, b"\xa5" * size)
+        frontend.set_memory(memory)
+        with attach(pair.daemon) as peer:
+            peer.sendall(b"typed")
+            wait_port(pair.daemon, readers=1)
+        wait_port(pair.daemon, readers=0)
+        assert all(memory.read(addr, size) == b"\xa5" * size for addr, size in areas)
+        console.frontend.close()
 
 
 @CONNECTIONS

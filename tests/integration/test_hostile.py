@@ -585,7 +585,10 @@ HOSTILE: dict[str, tuple[Bad, str]] = {
     "a buffer that wraps": (one((1 << 64) - 8, 16), "in no memory region"),
     "a buffer nowhere": (one(0x1000, 16), "in no memory region"),
     "a buffer past the end": (one(GUEST + SIZE - 8, 16), "in no memory region"),
-    "a buffer of 2^32 - 1 bytes": (one(GUEST, 0xFFFF_FFFF), "more than 1048576 bytes|in no memory region"),
+    "a buffer of 2^32 - 1 bytes": (
+        one(GUEST, 0xFFFF_FFFF),
+        "more than 1048576 bytes|in no memory region",
+    ),
     "longer than the cap": (
         indirect(*[(GUEST, PAGE, 0)] * 256, (GUEST, 1, 0)),
         "more than 1048576 bytes",

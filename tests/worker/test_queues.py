@@ -45,6 +45,9 @@ class Echoes:
     def started(self, index: int, _: Ring) -> None:
         self.calls.append(f"started {index}")
 
+    def disabled(self, index: int) -> None:
+        self.calls.append(f"disabled {index}")
+
     def leaving(self, index: int, _: Ring) -> None:
         self.calls.append(f"leaving {index}")
 
