@@ -26,7 +26,3 @@ class RefusedError(FrontendError):
 
 class GuestError(ConsoleError):
     """The guest broke a virtqueue: that queue is stopped, everything else lives."""
-
-
-class BackendError(ConsoleError):
-    """A console backend failed: it is closed, the guest and the other backends live."""

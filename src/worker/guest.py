@@ -220,8 +220,10 @@ class Guest:
             progress |= self._part()
         if progress:
             self._report.changed()  # a gap is found when its reader reads
-        if self._ending and not progress and all(a.served for a in self._audiences.values()):
-            self._poller.stop()
+        if self._ending and not progress:
+            everyone = (*self._audiences.values(), *self._parting)
+            if all(audience.served for audience in everyone):
+                self._poller.stop()
         return progress
 
     def _part(self) -> bool:

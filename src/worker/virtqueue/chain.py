@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 
@@ -34,7 +35,7 @@ class Chain:
         self.spans = spans
 
 
-class ChainReader:
+class ChainReader(ABC):
     """What both ring formats have in common: which chains are allowed, which bytes were written.
 
     A ring's `pop` builds the commonest chain itself, one direct descriptor of the right direction
@@ -97,9 +98,9 @@ class ChainReader:
         self._inline = self._most_bytes if log is None or not self._direction else 0
         self._noted.clear()
 
+    @abstractmethod
     def _own_words(self, used_addr: int) -> list[tuple[int, int]]:
         """Return (guest address, size) of the areas that this side of the ring writes to."""
-        raise NotImplementedError
 
     def _mark_written(self, written: int) -> None:
         """Mark the first `written` bytes of the oldest chain popped."""

@@ -43,13 +43,17 @@ def map_file(fd: int, size: int, offset: int, what: str) -> memoryview:
     with contextlib.suppress(OSError):  # no memfd, sealed for good, or read-only
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
     try:
-        # Huge page files take offsets in whole huge pages only; their block size says how large.
-        unit = max(mmap.ALLOCATIONGRANULARITY, os.fstat(fd).st_blksize)
+        # Huge page files are mapped, and unmapped, in whole huge pages only; their block size says
+        # how large.
+        status = os.fstat(fd)
+        unit = max(mmap.ALLOCATIONGRANULARITY, status.st_blksize)
         lead = offset % unit
-        whole = memoryview(mmap.mmap(fd, size + lead, offset=offset - lead))
+        units = -(-(lead + size) // unit) * unit
+        length = max(lead + size, min(units, status.st_size - offset + lead))
+        whole = memoryview(mmap.mmap(fd, length, offset=offset - lead))
     except (OSError, ValueError, OverflowError) as error:
         raise RefusedError(f"{what} of {size} bytes cannot be mapped: {error}") from None
-    return whole[lead:]
+    return whole[lead : lead + size]
 
 
 def map_region(fd: int, guest_addr: int, size: int, user_addr: int, offset: int) -> Region:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import socket
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 from vhost_device_console.errors import GuestError, RefusedError
@@ -72,6 +74,59 @@ def test_an_offset_may_lie_anywhere_in_a_page(memfd: Memfd, offset: int) -> None
 def test_a_size_need_not_be_whole_pages(memfd: Memfd) -> None:
     fd = memfd()
     assert map_region(fd, 0, 1234, 0, 567).view == os.pread(fd, 1234, 567)
+
+
+HUGE = 2 << 20
+
+
+@pytest.mark.parametrize(
+    ("offset", "size"),
+    [
+        (0, HUGE),
+        (PAGE, 2 * PAGE),
+        (HUGE + PAGE, HUGE - 2 * PAGE),
+        (HUGE, HUGE + PAGE),
+        (PAGE, HUGE),
+    ],
+)
+def test_a_file_of_huge_pages_is_mapped_in_whole_ones(
+    memfd: Memfd, monkeypatch: pytest.MonkeyPatch, offset: int, size: int
+) -> None:
+    """Anywhere else the kernel refuses to map such a file, or to unmap it (mmap(2), munmap(2))."""
+    fd = memfd(3 * HUGE)
+    real_mmap, real_fstat = mmap.mmap, os.fstat
+    mapped: list[tuple[int, int]] = []
+
+    def fstat(fd: int) -> SimpleNamespace:
+        return SimpleNamespace(st_blksize=HUGE, st_size=real_fstat(fd).st_size)
+
+    def record(fd: int, length: int, *, offset: int) -> mmap.mmap:
+        mapped.append((length, offset))
+        return real_mmap(fd, length, offset=offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fstat", fstat)
+        patch.setattr(mmap, "mmap", record)
+        view = map_region(fd, 0, size, 0, offset).view
+    assert [(length % HUGE, start % HUGE) for length, start in mapped] == [(0, 0)]
+    assert bytes(view) == os.pread(fd, size, offset)
+
+
+def test_the_last_blocks_of_a_file_may_be_cut_short(memfd: Memfd) -> None:
+    fd = memfd(3 * PAGE + 100)
+    view = map_region(fd, 0, PAGE + 100, 0, 2 * PAGE).view
+    assert bytes(view) == os.pread(fd, PAGE + 100, 2 * PAGE)
+
+
+def test_regions_may_be_of_one_file(memfd: Memfd) -> None:
+    """QEMU's memory below and above the hole for devices is one file, sent twice."""
+    fd = memfd()
+    memory = GuestMemory(
+        [map_region(fd, 0, 2 * PAGE, 0, 0), map_region(fd, TOP // 2, 2 * PAGE, TOP // 4, 2 * PAGE)]
+    )
+    memory.guest(PAGE, 4)[:] = b"down"
+    memory.guest(TOP // 2 + PAGE, 2)[:] = b"up"
+    assert (os.pread(fd, 4, PAGE), os.pread(fd, 2, 3 * PAGE)) == (b"down", b"up")
 
 
 def test_the_descriptor_stays_the_callers(memfd: Memfd) -> None:
