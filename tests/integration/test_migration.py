@@ -200,6 +200,21 @@ def test_a_guest_moves_under_traffic_in_both_directions(two: Two, packed: bool) 
 
 
 @FORMATS
+def test_what_the_device_wrote_and_the_guest_has_not_looked_at_moves(
+    two: Two, packed: bool
+) -> None:
+    """Only the log says in which pages it is."""
+    source, destination = two
+    typed = noise(30_000)
+    with moving(source, packed) as move, client(source) as peer:
+        move.begin()
+        peer.sendall(typed)
+        wait_port(source, input=len(typed))
+        move.arrive(destination, move.finish())
+        assert move.console.read(len(typed)) == typed
+
+
+@FORMATS
 def test_buffers_that_wait_in_the_rings_move_with_them(
     daemon: StartDaemon, folder: Path, packed: bool
 ) -> None:
