@@ -52,7 +52,7 @@ class Work(NamedTuple):
     starving: Callable[[], bool]
 
 
-def never() -> bool:
+def _never() -> bool:
     """Return False: nothing is wanted."""
     return False
 
@@ -62,7 +62,7 @@ def _nothing() -> int:
 
 
 #: A queue that nobody serves.
-IDLE = Work(never, _nothing, never)
+IDLE = Work(_never, _nothing, _never)
 
 
 class Carrier(Protocol):

@@ -15,7 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from vhost_device_console.testing import ConsoleDriver, Frontend, GuestMemory, connect_like_qemu
+from vhost_device_console.testing import (
+    DRIVER_FEATURES,
+    ConsoleDriver,
+    Frontend,
+    GuestMemory,
+    connect_like_qemu,
+)
 
 from launch import WITHIN, Daemon, receive_until, until, wait_readable
 
@@ -150,6 +156,18 @@ def boot(
         connect(daemon.sockets[guest], memory, timeout=WITHIN, **options) as frontend,
     ):
         console = ConsoleDriver(frontend)
+        console.wait_open()
+        yield console
+
+
+@contextmanager
+def quiet_guest(pair: Pair, features: int = DRIVER_FEATURES) -> Iterator[ConsoleDriver]:
+    """Give an open console whose receive queues are empty, so that every ring is the test's."""
+    with (
+        GuestMemory() as memory,
+        connect_like_qemu(pair.daemon.sockets[0], memory, features=features, timeout=WITHIN) as f,
+    ):
+        console = ConsoleDriver(f, buffers=0)
         console.wait_open()
         yield console
 

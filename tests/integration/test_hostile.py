@@ -25,6 +25,7 @@ from scene import (
     converse,
     exactly,
     footprint,
+    quiet_guest,
     status_of,
     wait_footprint,
 )
@@ -612,18 +613,6 @@ HOSTILE: dict[str, tuple[Bad, str]] = {
 
 
 @contextmanager
-def quiet_guest(pair: Pair, features: int = PACKED) -> Iterator[ConsoleDriver]:
-    """Give an open console whose receive queues are empty, so that every ring is the test's."""
-    with (
-        GuestMemory() as memory,
-        connect_like_qemu(pair.daemon.sockets[0], memory, features=features, timeout=WITHIN) as f,
-    ):
-        console = ConsoleDriver(f, buffers=0)
-        console.wait_open()
-        yield console
-
-
-@contextmanager
 def broken(pair: Pair, console: ConsoleDriver, index: int, why: str = "") -> Iterator[Queue]:
     """Check that queue `index` breaks within: signalled once, counted once, and left alone."""
     queue = console.frontend.queues[index]
@@ -667,7 +656,7 @@ def test_hostile_packed_rings(pair: Pair, name: str) -> None:
     """Each queue with such a packed ring is stopped, the others go on, and no input is lost."""
     bad, why = HOSTILE[name]
     with attach(pair.daemon) as peer:
-        with quiet_guest(pair) as console:
+        with quiet_guest(pair, PACKED) as console:
             memory = console.port.tx.driver.memory
             with broken(pair, console, CONTROL_TX, why) as queue:
                 offer(queue, bad(memory, 0))
@@ -697,7 +686,7 @@ def test_indirect_never_negotiated_in_a_packed_ring(pair: Pair) -> None:
 
 def test_a_packed_ring_goes_round_before_its_guest_errs(pair: Pair) -> None:
     """A mistake on a later lap stops the queue where it is, with all before it completed."""
-    with attach(pair.daemon) as peer, quiet_guest(pair) as console:
+    with attach(pair.daemon) as peer, quiet_guest(pair, PACKED) as console:
         console.write(bytes(100), chunk=1)
         assert exactly(peer, 100) == bytes(100)
         with broken(pair, console, TX, "loop") as tx:
@@ -706,7 +695,7 @@ def test_a_packed_ring_goes_round_before_its_guest_errs(pair: Pair) -> None:
 
 def test_good_buffers_before_a_bad_one_in_a_packed_ring(pair: Pair) -> None:
     """What was whole before the mistake is completed and shown."""
-    with attach(pair.daemon) as peer, quiet_guest(pair) as console:
+    with attach(pair.daemon) as peer, quiet_guest(pair, PACKED) as console:
         driver = console.port.tx.driver
         assert isinstance(driver, PackedDriver)
         good_ones = [driver.add([b"%d" % number]) for number in range(5)]
@@ -741,7 +730,7 @@ def test_a_broken_queue_stays_so_in_new_memory(pair: Pair, features: int) -> Non
 
 def test_empty_buffers_in_packed_rings(pair: Pair) -> None:
     """Buffers without bytes come back with 0, whatever their address; nothing spins."""
-    with attach(pair.daemon) as peer, quiet_guest(pair) as console:
+    with attach(pair.daemon) as peer, quiet_guest(pair, PACKED) as console:
         tx, rx, control = (console.frontend.queues[index] for index in (TX, RX, CONTROL_TX))
         for queue, flag in ((tx, False), (control, False), (rx, True)):
             queue.driver.add_buffers([Buffer(1 << 60, 0, flag)] * 3)
@@ -788,7 +777,7 @@ def test_a_buffer_across_adjacent_regions_of_a_packed_ring(pair: Pair) -> None:
 
 def test_packed_descriptors_that_change_all_the_time(pair: Pair) -> None:
     """A guest that rewrites descriptors while they are read only harms its own queue."""
-    with attach(pair.daemon) as peer, quiet_guest(pair) as console:
+    with attach(pair.daemon) as peer, quiet_guest(pair, PACKED) as console:
         tx = console.port.tx
         driver = tx.driver
         assert isinstance(driver, PackedDriver)
@@ -807,7 +796,7 @@ def test_packed_descriptors_that_change_all_the_time(pair: Pair) -> None:
 
 def test_used_descriptors_rewritten(pair: Pair) -> None:
     """What the guest writes over used descriptors of a packed ring is not believed."""
-    with attach(pair.daemon) as peer, quiet_guest(pair) as console:
+    with attach(pair.daemon) as peer, quiet_guest(pair, PACKED) as console:
         tx = console.port.tx
         assert isinstance(tx.driver, PackedDriver)
         for number in range(3):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-from scene import Pair, attach, boot, converse, exactly
+from scene import Pair, attach, boot, converse, exactly, quiet_guest
 from vhost_device_console.testing import (
     DRIVER_FEATURES,
     Buffer,
@@ -27,18 +27,6 @@ RX, TX, CONTROL_RX, CONTROL_TX = range(4)
 MIB = 1 << 20
 
 Do = Callable[[Queue], None]
-
-
-@contextmanager
-def quiet_guest(pair: Pair, features: int = DRIVER_FEATURES) -> Iterator[ConsoleDriver]:
-    """Give an open console whose receive queues are empty, so that every ring is the test's."""
-    with (
-        GuestMemory() as memory,
-        connect_like_qemu(pair.daemon.sockets[0], memory, features=features, timeout=WITHIN) as f,
-    ):
-        console = ConsoleDriver(f, buffers=0)
-        console.wait_open()
-        yield console
 
 
 def one(addr: int, size: int, flags: int = 0, following: int = 0) -> Do:
