@@ -82,6 +82,11 @@ class Console:
                 while True:
                     self._exchange(pause - time.monotonic(), "typing")
 
+    def features(self) -> set[int]:
+        """Return the feature bits that the guest's console driver took."""
+        bits = self.run(b"cat /sys/bus/virtio/drivers/virtio_console/virtio*/features").split()[0]
+        return {bit for bit, taken in enumerate(bits) if taken == ord("1")}
+
     def run(self, command: bytes) -> bytes:
         """Run a shell command at the prompt and return its output; it must succeed."""
         # The quotes keep the marks out of the command's echo.

@@ -27,6 +27,11 @@ def written(shared: Shared) -> int:
     return output
 
 
+def test_the_guest_takes_the_features_that_the_document_says(console: Console) -> None:
+    """docs/offered.md: QEMU passes on what is offered, and Linux knows of RING_RESET there."""
+    assert console.features() == {0, 1, 28, 29, 32, 34, 35, 40}
+
+
 # Traffic
 
 
