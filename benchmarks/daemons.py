@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -19,12 +23,27 @@ PEER_CRATE = "vhost-device-console"
 #: The largest time, in seconds, for a daemon to listen or to end.
 PATIENCE = 30.0
 
+#: What makes our daemon leave its compiled core alone.
+PURE = {"VHOST_DEVICE_CONSOLE_PURE": "1"}
+
+#: The distribution's Python, whose processes are smaller than those of most others.
+DEBIAN = "/usr/bin/python3"
+
+_ROOT = Path(__file__).resolve().parent.parent
+
 _MIB = 1 << 20
 _FIRST_PORT, _LAST_PORT = 20000, 32000
 
 
 class BenchmarkError(Exception):
     """The benchmark cannot run; the message says why and what to do."""
+
+
+class Side(NamedTuple):
+    """A daemon to measure: its program, and what its environment has besides this one's."""
+
+    program: str
+    environment: dict[str, str]
 
 
 def find_ours() -> str:
@@ -67,12 +86,55 @@ def find_peer(given: str | None, build: Path) -> str | None:
     return str(installed) if installed.exists() else None
 
 
-def version(program: str) -> str:
-    """Return what `program --version` says, its last word."""
-    said = subprocess.run(
-        [program, "--version"], capture_output=True, text=True, timeout=PATIENCE, check=False
-    ).stdout.split()
-    return said[-1] if said else "unknown"
+def find_debian(build: Path) -> str | None:
+    """Return our daemon installed for the distribution's own Python, under `build`, or None.
+
+    None where there is no such Python, or where pip cannot install (why is then in `debian.log`).
+    """
+    if os.path.realpath(DEBIAN) == os.path.realpath(sys.executable):
+        return find_ours()
+    if not os.path.exists(DEBIAN):
+        return None
+    home, source = build / "debian", build / "source"
+    # A copy, since an installation leaves files beside the sources, and takes along what is there.
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(
+        _ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.c")
+    )
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE*"):
+        for path in _ROOT.glob(name):
+            shutil.copy(path, source)
+    python, constraints = home / "bin" / "python", _ROOT / "constraints.txt"
+    commands = (
+        f"{DEBIAN} -m venv --clear --without-pip {home}",
+        f"{sys.executable} -m pip --python {python} install -c {constraints} {source}",
+    )
+    with (build / "debian.log").open("wb") as log:
+        for command in commands:
+            done = subprocess.run(
+                command.split(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                timeout=300,
+                check=False,
+            )
+            if done.returncode:
+                return None
+    return str(home / "bin" / "vhost-device-console")
+
+
+def version(side: Side) -> str:
+    """Return what `--version` says after the program's name."""
+    done = subprocess.run(
+        [side.program, "--version"],
+        env=os.environ | side.environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    return done.stdout.strip().partition(" ")[2] or "unknown"
 
 
 def _tcp_ports(*, listening: bool) -> set[int]:
@@ -120,80 +182,90 @@ class Activity:
 
 @dataclass(frozen=True)
 class Memory:
-    """A daemon's memory in MiB.
-
-    `pss` is the sum over its processes. That is lower while strangers map the same files (any
-    other Python), so `alone` is the same with each file's resident pages counted once and in full.
-    """
+    """A daemon's memory in MiB, summed over its processes: PSS, and private dirty pages."""
 
     pss: float
-    alone: float
+    private: float
 
 
+@dataclass(frozen=True)
 class Daemon:
-    """A running daemon: `socket` is the prefix of its vhost-user sockets, `port` its first port."""
+    """A running daemon: `socket` is the prefix of its vhost-user sockets, `port` its first port.
 
-    def __init__(self, process: subprocess.Popen[bytes], socket: str, port: int, log: Path) -> None:
-        self.socket = socket
-        self.port = port
-        self.log = log
-        self._process = process
+    `began` is the moment just before it was started, in seconds of the monotonic clock.
+    """
+
+    side: Side
+    environment: dict[str, str]
+    process: subprocess.Popen[bytes]
+    began: float
+    socket: str
+    port: int
+    log: Path
 
     def processes(self) -> list[psutil.Process]:
         """Return the daemon's process and all its descendants."""
         try:
-            first = psutil.Process(self._process.pid)
+            first = psutil.Process(self.process.pid)
             return [first, *first.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
 
     def cpu_seconds(self) -> dict[int, float]:
-        """Return each process's CPU time, in the kernel's ticks, with threads that have ended."""
+        """Return each process's CPU time."""
         times = {}
         for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.NoSuchProcess, OSError):
                 used = process.cpu_times()
-                times[process.pid] = used.user + used.system
+                # The first has the threads that have ended, the other is not in whole ticks.
+                times[process.pid] = max(used.user + used.system, _activity(process.pid).cpu_s)
         return times
 
     def activity(self) -> Activity:
-        """Return what the threads that live have done, in the scheduler's nanoseconds."""
-        nanoseconds = switches = 0
-        for process in self.processes():
-            for thread in Path(f"/proc/{process.pid}/task").iterdir():
-                nanoseconds += int((thread / "schedstat").read_text().split()[0])
-                for line in (thread / "status").read_text().splitlines():
-                    if "ctxt_switches:" in line:
-                        switches += int(line.split()[1])
-        return Activity(nanoseconds / 1e9, switches)
+        """Return what all the threads that live have done."""
+        each = [_activity(process.pid) for process in self.processes()]
+        return Activity(sum(a.cpu_s for a in each), sum(a.switches for a in each))
 
     def memory(self) -> Memory:
         """Return the memory of all the daemon's processes, guest memory they touched included."""
-        pss = own = 0
-        files: dict[str, int] = {}
-        for process in self.processes():
-            rollup = _fields(Path(f"/proc/{process.pid}/smaps_rollup").read_text())
-            pss += rollup["Pss"]
-            own += rollup["Pss"] - rollup["Pss_File"]
-            mine: dict[str, int] = {}
-            path = ""
-            for line in (
-                Path(f"/proc/{process.pid}/smaps").read_text("utf-8", "replace").splitlines()
-            ):
-                words = line.split()
-                if "-" in words[0] and not words[0].endswith(":"):
-                    path = words[5] if len(words) > 5 else ""
-                elif words[0] == "Rss:":
-                    resident = int(words[1])
-                elif words[0] == "Anonymous:" and path.startswith("/") and "memfd:" not in path:
-                    mine[path] = mine.get(path, 0) + resident - int(words[1])
-            for path, size in mine.items():
-                files[path] = max(files.get(path, 0), size)
-        return Memory(pss * 1024 / _MIB, (own + sum(files.values())) * 1024 / _MIB)
+        rollups = [
+            _fields(Path(f"/proc/{process.pid}/smaps_rollup").read_text())
+            for process in self.processes()
+        ]
+        return Memory(
+            sum(each["Pss"] for each in rollups) / 1024,
+            sum(each["Private_Dirty"] for each in rollups) / 1024,
+        )
+
+    def missed(self) -> int | None:
+        """Return how many bytes it says that its readers missed; None if it does not count."""
+        time.sleep(0.5)  # so that its workers have told it
+        done = subprocess.run(
+            [self.side.program, "status", "--json"],
+            env=self.environment,
+            capture_output=True,
+            timeout=PATIENCE,
+            check=False,
+        )
+        if done.returncode:
+            return None
+        guests = json.loads(done.stdout)["guests"]
+        return sum(int(port["missed"]) for guest in guests for port in guest["ports"])
 
     def last_words(self) -> str:
         """Return the end of what the daemon wrote to its terminal."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-5:])
+
+
+def _activity(pid: int) -> Activity:
+    """Return what the living threads of a process have done, in the scheduler's nanoseconds."""
+    nanoseconds = switches = 0
+    for thread in Path(f"/proc/{pid}/task").iterdir():
+        nanoseconds += int((thread / "schedstat").read_text().split()[0])
+        for line in (thread / "status").read_text().splitlines():
+            if "ctxt_switches:" in line:
+                switches += int(line.split()[1])
+    return Activity(nanoseconds / 1e9, switches)
 
 
 def _fields(rollup: str) -> dict[str, int]:
@@ -203,44 +275,61 @@ def _fields(rollup: str) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def running(program: str, folder: Path, guests: int, cpu: int | None) -> Iterator[Daemon]:
-    """Run `program` for `guests` guests on TCP ports, on CPU `cpu` alone if one is given.
+def on(cpus: set[int]) -> Iterator[None]:
+    """Let what is started in the block run on `cpus`."""
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, mine)
 
-    Ready to be connected to when the block begins, gone with all its processes when it ends.
+
+@contextlib.contextmanager
+def started(side: Side, folder: Path, guests: int, cpus: set[int]) -> Iterator[Daemon]:
+    """Start a daemon for `guests` guests with TCP ports, on `cpus`; wait for nothing.
+
+    It is gone with all its processes when the block ends.
+    """
+    with tempfile.TemporaryDirectory(dir=folder) as home:
+        socket, port, log = f"{home}/con.sock", _ports.take(guests), Path(home, "log")
+        names = ("-s", socket, "-c", str(guests), "-b", "network", "-p", str(port))
+        # Its monitor socket lies there too, and is found there.
+        environment = {**os.environ, **side.environment, "XDG_RUNTIME_DIR": home}
+        with log.open("wb") as output, on(cpus):
+            began = time.monotonic()
+            process = subprocess.Popen(
+                [side.program, *names],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+            )
+        daemon = Daemon(side, environment, process, began, socket, port, log)
+        try:
+            yield daemon
+        finally:
+            _end(daemon)
+
+
+@contextlib.contextmanager
+def running(side: Side, folder: Path, guests: int, cpus: set[int]) -> Iterator[Daemon]:
+    """Start a daemon as `started` does, ready to be connected to when the block begins.
+
     Raises BenchmarkError when it does not listen in time.
     """
-    socket = str(folder / "con.sock")
-    port = _ports.take(guests)
-    command = [program, "-s", socket, "-c", str(guests), "-b", "network", "-p", str(port)]
-    log = folder / "daemon.log"
-    ours = os.sched_getaffinity(0)
-    if cpu is not None:
-        os.sched_setaffinity(0, {cpu})
-    try:
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-            )
-    finally:
-        os.sched_setaffinity(0, ours)
-    daemon = Daemon(process, socket, port, log)
-    try:
-        _wait_until_listening(daemon, process, guests)
+    with started(side, folder, guests, cpus) as daemon:
+        _wait_until_listening(daemon, guests)
         _wait_until_at_rest(daemon)
         yield daemon
-    finally:
-        _end(daemon, process)
-        for index in range(guests):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{socket}{index}")
 
 
-def _wait_until_listening(daemon: Daemon, process: subprocess.Popen[bytes], guests: int) -> None:
+def _wait_until_listening(daemon: Daemon, guests: int) -> None:
     sockets = {f"{daemon.socket}{index}" for index in range(guests)}
     ports = set(range(daemon.port, daemon.port + guests))
     deadline = time.monotonic() + PATIENCE
     while not (sockets <= _listening_sockets() and ports <= _tcp_ports(listening=True)):
-        if process.poll() is not None or time.monotonic() > deadline:
+        if daemon.process.poll() is not None or time.monotonic() > deadline:
             raise BenchmarkError(f"the daemon does not listen: {daemon.last_words()}")
         time.sleep(0.02)
 
@@ -259,8 +348,8 @@ def _wait_until_at_rest(daemon: Daemon) -> None:
     raise BenchmarkError("the daemon does not come to rest")
 
 
-def _end(daemon: Daemon, process: subprocess.Popen[bytes]) -> None:
-    family = daemon.processes()
+def _end(daemon: Daemon) -> None:
+    process, family = daemon.process, daemon.processes()
     process.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(5)

@@ -1,170 +1,232 @@
-"""From the rounds' records to the table in README.md: medians, ranges, ratios."""
+"""From the rounds' records to Markdown: medians, ranges, ratios, targets, and what got worse."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import TypedDict
 
-Record = dict[str, float | str]
-Records = dict[str, list[Record]]
+import rows
+from rows import CURVES, HEAD, SECTIONS, SIDES, TARGETS, Cells, Record, Row, Section, number
 
-BEGIN = "<!-- results: written by run.py, not by hand -->"
-END = "<!-- end of results -->"
+#: Between these marks a Markdown file has what `rewrite` puts there.
+RESULTS = ("<!-- results: written by run.py, not by hand -->", "<!-- end of results -->")
+SPEED = ("<!-- speed: written by benchmarks/run.py, not by hand -->", "<!-- end of speed -->")
+
+#: A median that is worse by this factor, and out of the other's range, is worse.
+NOISE = 1.15
 
 
 class Results(TypedDict):
-    """A result file: `cells[name][side]` and `footprint[guests][side]` hold a record a round."""
+    """A result file."""
 
     versions: dict[str, str]
     machine: Record
     rounds: int
     quick: bool
     took_s: float
-    cells: dict[str, Records]
-    footprint: dict[str, Records]
+    cells: Cells
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: `value` of each of `records`; which of two is the better one."""
-
-    title: str
-    records: Records
-    value: Callable[[Record], float]
-    higher_is_better: bool = False
+def _sections() -> Iterator[Section]:
+    yield from SECTIONS
+    for curve in CURVES:
+        text = f"![{curve.title}](results/{curve.name}.svg)"
+        yield Section(curve.title, curve.rows(), text)
 
 
-def _key(name: str) -> Callable[[Record], float]:
-    return lambda record: float(record[name])
+def _spread(values: list[float]) -> str:
+    spread = f" ({number(min(values))} to {number(max(values))})" if len(values) > 1 else ""
+    return f"{number(median(values))}{spread}"
 
 
-def _cpu_ms_per_mib(record: Record) -> float:
-    return float(record["cpu_s"]) * 1e3 / (float(record["all_bytes"]) / 2**20)
-
-
-def _per_1000_buffers(name: str, size: int) -> Callable[[Record], float]:
-    return lambda record: float(record[name]) * 1000 / (float(record["bytes"]) / size)
-
-
-def _rows(results: Results) -> list[Row]:
-    cells = results["cells"]
-    rows: list[Row] = []
-    for gap, title in (("0", "back to back"), ("5", "5 µs apart"), ("50", "50 µs apart")):
-        for percent in ("p50", "p99"):
-            name = f"16-byte write until its buffer is back, {title}: {percent}, µs"
-            rows.append(Row(name, cells[f"roundtrip {gap}"], _key(f"{percent}_us")))
-    for size, title in ((16, "64 of 16 B"), (4096, "16 of 4 KiB"), (32768, "16 of 32 KiB")):
-        records = cells[f"output {size}"]
-        rows.append(Row(f"output, {title} at a time: MB/s", records, _key("mb_s"), True))
-        rows.append(Row("… the daemon's CPU: ms/MiB", _without(records, "floor"), _cpu_ms_per_mib))
-        rows.append(Row("… kicks per 1000 buffers", records, _per_1000_buffers("kicks", size)))
-        rows.append(Row("… interrupts per 1000 buffers", records, _per_1000_buffers("calls", size)))
-    for size, title in ((4096, "4 KiB"), (32768, "32 KiB")):
-        name = f"input, 64 buffers of {title}: MB/s"
-        rows.append(Row(name, cells[f"input {size}"], _key("mb_s"), True))
-    for percent in ("p50", "p99"):
-        rows.append(
-            Row(f"echo of a key, 20 ms apart: {percent}, µs", cells["echo"], _key(f"{percent}_us"))
-        )
-    rows.append(Row("plain TCP socket, one CPU to the other: MB/s", cells["copy"], _key("mb_s")))
-    for guests, records in results["footprint"].items():
-        name = "1 idle guest" if guests == "1" else f"{guests} idle guests"
-        rows.append(Row(f"{name}: CPU, %", records, _key("cpu_percent")))
-        rows.append(Row("… context switches a second", records, _key("switches_s")))
-        rows.append(Row("… memory (PSS), MiB", records, _key("pss_mib")))
-        rows.append(Row("… with its files in full, MiB", records, _key("alone_mib")))
-    rows.append(Row("each further guest: PSS, MiB", _growth(results["footprint"]), _key("mib")))
-    return rows
-
-
-def _without(records: Records, side: str) -> Records:
-    return {key: value for key, value in records.items() if key != side}
-
-
-def _growth(footprint: dict[str, Records]) -> Records:
-    """Return each round's memory of one more guest, between the fewest guests and the most."""
-    counts = sorted(footprint, key=int)
-    few, many = counts[0], counts[-1]
-    growth: Records = {}
-    for side in footprint[few]:
-        growth[side] = [
-            {"mib": (float(b["pss_mib"]) - float(a["pss_mib"])) / (int(many) - int(few))}
-            for a, b in zip(footprint[few][side], footprint[many][side], strict=True)
-            if "pss_mib" in a and "pss_mib" in b
-        ]
-    return growth
-
-
-def _values(row: Row, side: str) -> list[float]:
-    return [row.value(record) for record in row.records.get(side, []) if "error" not in record]
-
-
-def _number(value: float) -> str:
-    """Return three significant digits, in plain notation."""
-    if value == 0:
-        return "0"
-    digits = max(0, 2 - int(f"{abs(value):e}".partition("e")[2]))
-    return f"{value:.{min(digits, 4)}f}"
-
-
-def _text(row: Row, side: str) -> str:
-    values = _values(row, side)
-    errors = [str(r["error"]) for r in row.records.get(side, []) if "error" in r]
-    failed = f"; {len(errors)} rounds failed" if errors else ""
+def _text(row: Row, cells: Cells, side: str) -> str:
+    errors = [str(r["error"]) for r in row.records(cells, side) if "error" in r]
+    values = row.values(cells, side)
     if not values:
-        return f"fails: {errors[0].splitlines()[0]}" if errors else ""
-    spread = f" ({_number(min(values))} to {_number(max(values))})" if len(values) > 1 else ""
-    return f"{_number(median(values))}{spread}{failed}"
+        return f"fails: {errors[0].splitlines()[0]}" if any(errors) else ""
+    return _spread(values) + (f"; {len(errors)} rounds failed" if errors else "")
 
 
-def _ratio(row: Row) -> str:
-    ours, peer = _values(row, "ours"), _values(row, "peer")
-    if not ours or not peer:
+def _ratio(row: Row, cells: Cells) -> str:
+    costs = row.costs(cells, "ours", "peer")
+    return _spread([rows.inverse(cost) for cost in costs]) if costs else ""
+
+
+def _of_limit(row: Row, cells: Cells) -> str:
+    costs = row.costs(cells, "ours", "floor")
+    return f"{_spread(costs)} times" if costs else ""
+
+
+def _table(section: Section, cells: Cells) -> str:
+    columns = {"": [row.title for row in section.rows]}
+    for side, title in SIDES.items():
+        columns[title] = [_text(row, cells, side) for row in section.rows]
+        if side == "peer":
+            columns["ratio"] = [_ratio(row, cells) for row in section.rows]
+        if side == "floor":
+            columns["of the limit"] = [_of_limit(row, cells) for row in section.rows]
+    columns = {title: column for title, column in columns.items() if any(column)}
+    if len(columns) == 1:
         return ""
-    a, b = median(ours), median(peer)
-    if not row.higher_is_better:
-        a, b = b, a
-    return f"{_number(a / b)}" if b else ""
-
-
-def _machine(results: Results) -> str:
-    machine, versions = results["machine"], results["versions"]
-    kind = "a virtual machine" if machine["virtual"] == "yes" else "a machine"
-    pinned = (
-        "The guest and its client ran on one CPU, the daemon on another."
-        if machine["pinned"] == "yes"
-        else "Nothing was pinned to a CPU."
-    )
-    peer = f"version {versions['peer']}" if "peer" in versions else "not available, so no ratio"
-    return (
-        f"Rounds: {results['rounds']}, in {results['took_s']:.0f} s, on {kind} with "
-        f"{machine['cpus']} CPUs ({machine['cpu']}) and {machine['memory_gib']} GiB, Linux "
-        f"{machine['linux']}, CPython {machine['python']}. {pinned} Other programs "
-        f"used {machine['others_percent']} % of the CPUs meanwhile. Ours: version "
-        f"{versions['ours']}; peer: {peer}."
-    )
-
-
-def render(results: Results) -> str:
-    """Return the machine's description and the table, in Markdown."""
-    has_peer = "peer" in results["versions"]
-    columns = ["", "ours", *(["peer", "ratio"] if has_peer else []), "floor"]
-    lines = [_machine(results), "", _line(columns), _line(["---"] * len(columns))]
-    for row in _rows(results):
-        peer = [_text(row, "peer"), _ratio(row)] if has_peer else []
-        lines.append(_line([row.title, _text(row, "ours"), *peer, _text(row, "floor")]))
-    return "\n".join(lines)
+    lines = [_line(list(columns)), _line(["---"] * len(columns))]
+    lines += [_line(list(line)) for line in zip(*columns.values(), strict=True) if any(line[1:])]
+    text = [section.text, ""] if section.text else []
+    return "\n".join([f"### {section.title}", "", *text, *lines, ""])
 
 
 def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
-def rewrite(readme: Path, table: str) -> None:
-    """Put `table` between the two marks in `readme`."""
-    head, _, rest = readme.read_text().partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    readme.write_text(f"{head}{BEGIN}\n\n{table}\n\n{END}{tail}")
+def _names() -> Iterator[tuple[Row, str]]:
+    """Yield every row with a name of its own."""
+    for section in _sections():
+        above = ""
+        for row in section.rows:
+            if not row.title.startswith("…"):
+                above = row.title.partition(":")[0]
+            own = row.title.removeprefix("… ")
+            yield row, f"{section.title}: {f'{above}: {own}' if row.title != own else own}"
+
+
+def _targets(results: Results) -> str:
+    cells, names = results["cells"], dict(_names())
+    compiled, missing = "plain" in results["versions"], 0
+    lines = [_line(["target", "found", ""]), _line(["---"] * 3)]
+    for target in TARGETS:
+        side = target.side
+        if side in ("compiled", "plain") and not compiled:
+            side = {"compiled": "", "plain": "ours"}[side]
+        elif side == "compiled":
+            side = "ours"
+        found = rows.Target(target.row, target.bound, target.against, side).measured(cells)
+        if found is None and side:
+            missing += 1
+            continue
+        if found is None:
+            verdict = "no compiled core"
+        elif (found >= target.bound) if target.at_least else (found <= target.bound):
+            verdict = "reached"
+        else:
+            verdict = "**not reached**"
+        against = {"": "", "peer": " times better than the peer", "floor": " times the limit"}
+        how = "at least" if target.at_least else "at most"
+        with_what = f", {SIDES[side]}" if side not in ("ours", "") else ""
+        lines.append(
+            _line(
+                [
+                    f"{names[target.row]}{with_what}: {how} {number(target.bound)}"
+                    f"{against[target.against]}",
+                    "" if found is None else number(found),
+                    verdict,
+                ]
+            )
+        )
+    text = [f"{missing} more were not measured.", ""] if missing else []
+    return "\n".join(["### Targets", "", *lines, "", *text])
+
+
+def _machine(results: Results) -> str:
+    machine, versions = results["machine"], results["versions"]
+    kind = "a virtual machine" if machine["virtual"] == "yes" else "a machine"
+    pinned = (
+        "A guest and its client ran on one CPU, its daemon on another; many guests, on both."
+        if machine["pinned"] == "yes"
+        else "Nothing was pinned to a CPU."
+    )
+    peer = f"version {versions['peer']}" if "peer" in versions else "not available, so no ratio"
+    debian = "Debian's Python: measured." if "debian" in versions else ""
+    debian = debian or "The distribution's own Python was not measured beside it."
+    return (
+        f"Rounds: {results['rounds']}, in {results['took_s']:.0f} s, on {kind} with "
+        f"{machine['cpus']} CPUs ({machine['cpu']}) and {machine['memory_gib']} GiB, Linux "
+        f"{machine['linux']}, CPython {machine['python']}. {pinned} Other programs "
+        f"used {machine['others_percent']} % of the CPUs meanwhile. Ours: version "
+        f"{versions['ours']}; peer: {peer}. {debian}"
+    )
+
+
+def _with_derived(results: Results) -> Results:
+    derived = results.copy()
+    derived["cells"] = rows.derive(results["cells"])
+    return derived
+
+
+def render(results: Results) -> str:
+    """Return the machine's description, the targets and the tables, in Markdown."""
+    results = _with_derived(results)
+    tables = (_table(section, results["cells"]) for section in _sections())
+    return "\n".join([_machine(results), "", _targets(results), *filter(None, tables)])
+
+
+def render_head(results: Results) -> str:
+    """Return the short table for the project's own README."""
+    cells = rows.derive(results["cells"])
+    lines = [_line(["", "ours", "Rust peer", "ratio"]), _line(["---"] * 4)]
+    for title, row in HEAD:
+        ours, peer = row.values(cells, "ours"), row.values(cells, "peer")
+        ratio = [rows.inverse(cost) for cost in row.costs(cells, "ours", "peer")]
+        numbers = [number(median(values)) if values else "" for values in (ours, peer, ratio)]
+        lines.append(_line([title, *numbers]))
+    return "\n".join(lines)
+
+
+def _costs(row: Row, cells: Cells, side: str, against: str) -> list[float]:
+    """Return costs, lower is better: against another side, or the values themselves."""
+    if against:
+        return row.costs(cells, side, against)
+    values = row.values(cells, side)
+    return [rows.inverse(value) for value in values] if row.higher_is_better else values
+
+
+def worse(new: Results, old: Results) -> Iterator[str]:
+    """Yield a line for each number that is worse than in `old` by more than the noise.
+
+    The ratio to the peer is compared, or what it is of the limit, or, where there is neither in
+    both, the number itself: machines differ, and what runs beside it does too.
+    """
+    now, before = rows.derive(new["cells"]), rows.derive(old["cells"])
+    for row, name in _names():
+        for side in ("ours", "plain", "debian"):
+            for against in ("peer", "floor", ""):
+                a, b = _costs(row, now, side, against), _costs(row, before, side, against)
+                if a and b:
+                    break
+            if a and b and min(a) > max(b) and median(a) > NOISE * median(b):
+                what = {"peer": " against the peer", "floor": " against the limit", "": ""}[against]
+                times = f"{number(rows.quotient(median(a), median(b)))} times its cost"
+                yield f"{name} ({SIDES[side]}){what}: {times} in {old['versions']['ours']}"
+
+
+def last_committed(folder: Path) -> Results | None:
+    """Return the results in `folder` of the newest version, as they were committed, or None."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", *command], cwd=folder, capture_output=True, text=True, check=False
+        ).stdout
+
+    names = [
+        name for name in git("ls-tree", "--name-only", "HEAD", "./").split() if ".json" in name
+    ]
+    if not names:
+        return None
+
+    def by_version(name: str) -> list[int]:
+        return [int(part) for part in name.removesuffix(".json").split(".") if part.isdigit()]
+
+    newest: Results = json.loads(git("show", f"HEAD:./{max(names, key=by_version)}"))
+    return newest
+
+
+def rewrite(document: Path, marks: tuple[str, str], table: str) -> None:
+    """Put `table` between the two marks in `document`, if it has them."""
+    text = document.read_text()
+    head, begin, rest = text.partition(marks[0])
+    _, end, tail = rest.partition(marks[1])
+    if begin and end:
+        document.write_text(f"{head}{begin}\n\n{table.strip()}\n\n{end}{tail}")

@@ -15,75 +15,122 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 import report
-from daemons import BenchmarkError, Daemon, find_ours, find_peer, running, version
+from daemons import (
+    PURE,
+    BenchmarkError,
+    Daemon,
+    Side,
+    find_debian,
+    find_ours,
+    find_peer,
+    on,
+    running,
+    started,
+    version,
+)
+from rows import CURVES, FOOTPRINTS, Cells, Record
 
 HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build" / "bench"
 README = HERE / "README.md"
 
-#: How long, in seconds, one workload may take beyond its measured time.
+#: How long, in seconds, one workload may take beyond its measured time, and for each guest more.
 GRACE = 8.0
+GUEST_GRACE = 0.1
 
 #: A side that failed this often in a cell is not tried there again.
 MOST_FAILURES = 2
 
-FOOTPRINT_GUESTS = (1, 16, 64)
+#: Seconds in which no further round is begun, so that all of it, real guests too, takes 20 minutes.
+LONGEST = 800.0
 
-Record = dict[str, float | str]
+#: Fewer rounds than this say too little to be compared with an earlier run.
+ENOUGH = 3
+
+#: Guests that do nothing, and for how many seconds a full run watches them.
+IDLE_GUESTS, IDLE_SECONDS = 16, 60.0
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: a workload of the frontend and its arguments; `seconds` of a full run."""
+    """One measurement: the frontend's arguments, and for how many times the usual time it runs.
+
+    `floor` names the frontend's own device for it, if it has one; `plain` says whether our daemon
+    is measured without its compiled core too.
+    """
 
     name: str
-    arguments: tuple[str, ...]
-    seconds: float = 1.0
+    arguments: str
+    floor: str = ""
+    plain: bool = False
+    times: float = 1.0
+
+    @property
+    def guests(self) -> int:
+        """How many guests there are."""
+        return int(self.arguments.partition("--guests=")[2] or 1)
 
 
 CELLS = (
-    Cell("roundtrip 0", ("roundtrip", "--size=16")),
-    Cell("roundtrip 5", ("roundtrip", "--size=16", "--gap-us=5")),
-    Cell("roundtrip 50", ("roundtrip", "--size=16", "--gap-us=50")),
-    Cell("output 16", ("output", "--size=16", "--depth=64")),
-    Cell("output 4096", ("output", "--size=4096", "--depth=16")),
-    Cell("output 32768", ("output", "--size=32768", "--depth=16")),
-    Cell("input 4096", ("input", "--size=4096")),
-    Cell("input 32768", ("input", "--size=32768")),
-    Cell("echo", ("echo", "--gap-us=20000"), 1.5),
+    *(
+        Cell(f"split {gap}", f"roundtrip --size=16 --gap-us={gap}", "echo", True)
+        for gap in (0, 5, 50)
+    ),
+    *(
+        Cell(f"packed {gap}", f"roundtrip --packed --size=16 --gap-us={gap}", "", True)
+        for gap in (0, 5, 50)
+    ),
+    Cell("output 16", "output --size=16 --depth=64", "device", True),
+    Cell("output 4096", "output --size=4096 --depth=16", "device", True),
+    Cell("output 32768", "output --size=32768 --depth=16", "device", True),
+    Cell("readers stuck", "output --size=4096 --depth=16 --readers=10 --stuck=1"),
+    Cell("input 4096", "input --size=4096 --depth=64", "device", True),
+    Cell("input 32768", "input --size=32768 --depth=64", "device", True),
+    Cell("echo cold", "echo --gap-us=20000", "device", times=2),
+    Cell("echo window", "echo --gap-us=20", "device"),
+    Cell("load 100", "load --rate=10000 --size=100 --guests=100", times=4),
+)
+
+GROWTH = tuple(
+    Cell(f"{curve.name} {x}", curve.arguments.format(x), curve.floor)
+    for curve in CURVES
+    for x in curve.along
 )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which CPU the guest and its client run on, and which one the daemon; None: any."""
+    """Where the guest and its client run, where its daemon, and where many guests and theirs do."""
 
-    frontend: int | None
-    daemon: int | None
+    frontend: set[int]
+    daemon: set[int]
+    every: set[int]
 
     def arguments(self) -> list[str]:
-        """Return the frontend's options that say so."""
-        if self.frontend is None:
+        """Return the frontend's options that say so for one guest."""
+        if self.frontend == self.daemon:
             return []
-        return [f"--cpu={self.frontend}", f"--device-cpu={self.daemon}"]
+        return [f"--cpu={min(self.frontend)}", f"--device-cpu={min(self.daemon)}"]
 
 
 def pin() -> Layout:
     """Put this process where the frontend runs; the daemon gets a CPU of its own."""
-    cpus = sorted(os.sched_getaffinity(0))
-    if len(cpus) < 2:
-        return Layout(None, None)
-    os.sched_setaffinity(0, {cpus[0]})
-    return Layout(cpus[0], cpus[1])
+    every = os.sched_getaffinity(0)
+    if len(every) < 2:
+        return Layout(every, every, every)
+    first, second, *_ = sorted(every)
+    os.sched_setaffinity(0, {first})
+    return Layout({first}, {second}, every)
 
 
 def compile_frontend() -> str:
@@ -105,78 +152,177 @@ def compile_frontend() -> str:
 
 @dataclass
 class Bench:
-    """What every measurement needs, and what they found: `cells[name][side]`, a record a round."""
+    """What every measurement needs, and what they found."""
 
     frontend: str
-    sides: dict[str, str]
+    sides: dict[str, Side]
     layout: Layout
     folder: Path
-    cells: dict[str, dict[str, list[Record]]] = field(default_factory=dict)
-    footprint: dict[str, dict[str, list[Record]]] = field(default_factory=dict)
+    only: str = ""
+    cells: Cells = field(default_factory=dict)
 
     def measure(self, cell: Cell, seconds: float) -> None:
         """Run one round of `cell` on each side, then on the floor."""
-        found = self.cells.setdefault(cell.name, {})
-        for side, program in self.sides.items():
-            records = found.setdefault(side, [])
-            if sum("error" in record for record in records) < MOST_FAILURES:
-                records.append(self._measure(program, cell, seconds))
-                if "error" in records[-1]:
-                    print(f"  {side}, {cell.name}: {records[-1]['error']}", flush=True)
-        found.setdefault("floor", []).append(self._run([*cell.arguments, "--floor"], seconds))
+        if self._skips(cell.name):
+            return
+        seconds *= cell.times
+        sides = ("ours", "plain", "peer") if cell.plain else ("ours", "peer")
+        for name in sides:
+            # The peer has no packed rings; a run that asks for them would measure nothing.
+            if name != "peer" or "--packed" not in cell.arguments:
+                self._keep(cell.name, name, lambda side: self._measure(side, cell, seconds))
+        if cell.floor:
+            arguments = [*cell.arguments.split(), f"--floor={cell.floor}"]
+            self._add(cell.name, "floor", self._run(arguments, seconds))
 
     def measure_copy(self, seconds: float) -> None:
         """Run one round of the plain socket copy."""
-        found = self.cells.setdefault("copy", {})
-        found.setdefault("floor", []).append(self._run(["copy"], seconds))
+        if not self._skips("copy"):
+            self._add("copy", "floor", self._run(["copy"], seconds))
 
-    def _measure(self, program: str, cell: Cell, seconds: float) -> Record:
-        try:
-            with running(program, self.folder, 1, self.layout.daemon) as daemon:
-                before = daemon.cpu_seconds()
-                record = self._run([*cell.arguments, *_where(daemon)], seconds)
-                after = daemon.cpu_seconds()
-                record["cpu_s"] = sum(after.values()) - sum(before.values())
-                if not after.keys() >= before.keys():
-                    record.setdefault("error", "a process of the daemon ended")
-                if "error" in record and (words := daemon.last_words()):
-                    record["daemon_says"] = words
-                return record
-        except BenchmarkError as error:
-            return {"error": str(error)}
+    def measure_memory(self, guests: int) -> None:
+        """Measure the memory of `guests` connected guests, a client each, on each side."""
 
-    def _run(self, arguments: list[str], seconds: float) -> Record:
-        """Run the frontend and return what it reports; a hang is an error like any other."""
-        command = [self.frontend, *arguments, f"--seconds={seconds}", *self.layout.arguments()]
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=seconds + GRACE, check=False
+        def measure(side: Side) -> Record:
+            with (
+                running(side, self.folder, guests, self.layout.daemon) as daemon,
+                self._idle_guests(daemon, guests),
+            ):
+                time.sleep(1.0)  # so that what the connection began has ended
+                memory = daemon.memory()
+                return {"pss_mib": memory.pss, "private_mib": memory.private}
+
+        if not self._skips(f"memory {guests}"):
+            for name in ("ours", "debian", "peer"):
+                self._keep(f"memory {guests}", name, measure)
+
+    def measure_idle(self, guests: int, seconds: float) -> None:
+        """Watch `guests` guests that do nothing; both sides in the same time, being at rest."""
+        if self._skips("idle"):
+            return
+        daemons: dict[str, Daemon] = {}
+        with ExitStack() as stack:
+            for name in self.sides.keys() & {"ours", "peer"}:
+                side = self.sides[name]
+                daemon = stack.enter_context(running(side, self.folder, guests, self.layout.daemon))
+                stack.enter_context(self._idle_guests(daemon, guests))
+                daemons[name] = daemon
+            time.sleep(2.0)  # so that what the connections began has ended
+            before, begin = {n: d.activity() for n, d in daemons.items()}, time.monotonic()
+            time.sleep(seconds)
+            after, took = {n: d.activity() for n, d in daemons.items()}, time.monotonic() - begin
+        for name in daemons:
+            switches = after[name].switches - before[name].switches
+            self._add(
+                "idle",
+                name,
+                {
+                    "cpu_percent": 100 * (after[name].cpu_s - before[name].cpu_s) / took,
+                    "switches_guest_minute": switches / guests / took * 60,
+                },
             )
-        except subprocess.TimeoutExpired:
-            return {"error": f"no end within {seconds + GRACE:.0f} s"}
-        return _parse(done.stdout) if done.stdout else {"error": f"exit {done.returncode}"}
 
-    def measure_footprint(self, guests: int, seconds: float) -> None:
-        """Run `guests` connected guests that do nothing, a client each, on each side."""
-        found = self.footprint.setdefault(str(guests), {})
-        for side, program in self.sides.items():
+    def measure_start(self, guests: int) -> None:
+        """Measure the time from a daemon's start until all its guests' frontends are answered."""
+
+        def measure(side: Side) -> Record:
+            with started(side, self.folder, guests, self.layout.every) as daemon:
+                record = self._run(
+                    ["answer", *_where(daemon), f"--guests={guests}"], GRACE, many=True
+                )
+                if "error" not in record:
+                    record["start_s"] = float(record["monotonic_ns"]) / 1e9 - daemon.began
+                return record
+
+        if not self._skips(f"start {guests}"):
+            for name in ("ours", "peer"):
+                self._keep(f"start {guests}", name, measure)
+
+    def _skips(self, name: str) -> bool:
+        return self.only not in name
+
+    def _add(self, cell: str, side: str, record: Record) -> None:
+        self.cells.setdefault(cell, {}).setdefault(side, []).append(record)
+        if "error" in record:
+            print(f"  {side}, {cell}: {record['error']}", flush=True)
+
+    def _keep(self, cell: str, name: str, measure: Callable[[Side], Record]) -> None:
+        """Add what `measure` finds on the side of that name, unless it failed too often."""
+        records = self.cells.get(cell, {}).get(name, [])
+        if name not in self.sides or sum("error" in r for r in records) >= MOST_FAILURES:
+            return
+        try:
+            record = measure(self.sides[name])
+        except (BenchmarkError, OSError) as error:  # OSError: a process that has just ended
+            record = {"error": str(error)}
+        self._add(cell, name, record)
+
+    def _measure(self, side: Side, cell: Cell, seconds: float) -> Record:
+        many = cell.guests > 1
+        cpus = self.layout.every if many else self.layout.daemon
+        with running(side, self.folder, cell.guests, cpus) as daemon:
+            before = daemon.cpu_seconds()
+
+            def begun() -> None:
+                before.update(daemon.cpu_seconds())
+
+            record = self._run(
+                [*cell.arguments.split(), *_where(daemon)], seconds, begun, many=many
+            )
+            after = daemon.cpu_seconds()
+            record["cpu_s"] = sum(after.values()) - sum(before.values())
+            if not after.keys() >= before.keys():
+                record.setdefault("error", "a process of the daemon ended")
+            if "error" in record:
+                record["daemon_says"] = daemon.last_words()
+            elif "--stuck" in cell.arguments and (missed := daemon.missed()) is not None:
+                record["missed"] = missed
+            return record
+
+    def _run(
+        self,
+        arguments: list[str],
+        seconds: float,
+        begun: Callable[[], None] = lambda: None,
+        *,
+        many: bool = False,
+    ) -> Record:
+        """Run the frontend and return what it reports; a hang is an error like any other.
+
+        `begun` is called when many guests have booted and begin to write.
+        """
+        layout = self.layout
+        command = [self.frontend, *arguments, f"--seconds={seconds}"]
+        longest = seconds * 1.2 + GRACE + (GUEST_GRACE * max(FOOTPRINTS[-1], 256) if many else 0)
+        record: Record = {}
+        with on(layout.every if many else layout.frontend):
+            process = subprocess.Popen(
+                [*command, *([] if many else layout.arguments())],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        watchdog = threading.Timer(longest, process.kill)
+        watchdog.start()
+        with process:
+            assert process.stdout is not None
             try:
-                with (
-                    running(program, self.folder, guests, self.layout.daemon) as daemon,
-                    self._idle_guests(daemon, guests),
-                ):
-                    record = _rest(daemon, seconds)
-            except (BenchmarkError, OSError) as error:  # OSError: a process that has just ended
-                record = {"error": str(error)}
-                print(f"  {side}, {guests} idle guests: {error}", flush=True)
-            found.setdefault(side, []).append(record)
+                for line in process.stdout:
+                    said = _parse(line)
+                    if said.keys() == {"guests"}:
+                        begun()
+                    else:
+                        record = said
+            finally:
+                watchdog.cancel()
+                process.kill()
+        hung = process.returncode == -signal.SIGKILL
+        why = f"no end within {longest:.0f} s" if hung else f"exit {process.returncode}"
+        return record or {"error": why}
 
     @contextmanager
     def _idle_guests(self, daemon: Daemon, guests: int) -> Iterator[None]:
         command = [self.frontend, "idle", *_where(daemon), f"--guests={guests}"]
-        with subprocess.Popen(
-            [*command, *self.layout.arguments()], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        ) as process:
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             try:
                 # Bounded by the frontend's own patience with each step of each guest.
@@ -194,24 +340,12 @@ def _where(daemon: Daemon) -> list[str]:
 
 
 def _parse(line: str) -> Record:
-    record: Record = json.loads(line)
-    return record
-
-
-def _rest(daemon: Daemon, seconds: float) -> Record:
-    """Return what an idle daemon uses, once it has come to rest."""
-    time.sleep(1.0)
-    before, begin = daemon.activity(), time.monotonic()
-    time.sleep(seconds)
-    after, took = daemon.activity(), time.monotonic() - begin
-    memory = daemon.memory()
-    return {
-        "cpu_percent": 100 * (after.cpu_s - before.cpu_s) / took,
-        "switches_s": (after.switches - before.switches) / took,
-        "pss_mib": memory.pss,
-        "alone_mib": memory.alone,
-        "processes": len(daemon.processes()),
-    }
+    """Return the frontend's record, of a list of what each watcher got only the least of all."""
+    record = json.loads(line)
+    stuck_first = sorted(record.pop("watcher_bytes", []))
+    if stuck_first:
+        record["least_watched"] = stuck_first[min(1, len(stuck_first) - 1)]
+    return dict(record)
 
 
 def describe_machine(layout: Layout) -> Record:
@@ -229,7 +363,7 @@ def describe_machine(layout: Layout) -> Record:
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "linux": ".".join(platform.release().split(".")[:2]),
         "python": platform.python_version(),
-        "pinned": "no" if layout.daemon is None else "yes",
+        "pinned": "no" if layout.daemon == layout.frontend else "yes",
     }
 
 
@@ -253,18 +387,43 @@ class Others:
         return 100 * foreign / (time.monotonic() - self._begin) / (os.cpu_count() or 1)
 
 
-def measure_all(bench: Bench, rounds: int, quick: bool) -> None:
-    """Run every cell `rounds` times, the sides in turn, then the idle guests."""
-    speed = 0.3 if quick else 1.0
+def measure_all(bench: Bench, rounds: int, quick: bool) -> int:
+    """Run every cell `rounds` times, the sides in turn, if there is time; return how often."""
+    seconds, begin, longest = 0.2 if quick else 0.6, time.monotonic(), 0.0
     for index in range(rounds):
+        round_begin = time.monotonic()
+        if round_begin - begin + longest > LONGEST:
+            print(f"no time for more than {index} rounds", flush=True)
+            return index
         print(f"round {index + 1} of {rounds}", flush=True)
         for cell in CELLS:
-            bench.measure(cell, cell.seconds * speed)
-        bench.measure_copy(speed)
-    for index in range(1 if quick else min(rounds, 3)):
-        print(f"idle guests, round {index + 1}", flush=True)
-        for guests in FOOTPRINT_GUESTS:
-            bench.measure_footprint(guests, 1.0 if quick else 3.0)
+            bench.measure(cell, seconds)
+        bench.measure_copy(seconds)
+        # What varies less, or takes more time, is measured every other time.
+        if index % 2 == 0 and not (quick and index):
+            for guests in FOOTPRINTS:
+                bench.measure_memory(guests)
+            bench.measure_start(256)
+            for cell in () if quick else GROWTH:
+                bench.measure(cell, seconds)
+        if index == 0:
+            bench.measure_idle(IDLE_GUESTS, 3.0 if quick else IDLE_SECONDS)
+        longest = max(longest, time.monotonic() - round_begin)
+    return rounds
+
+
+def find_sides(peer: str | None, quick: bool) -> tuple[dict[str, Side], dict[str, str]]:
+    """Return the daemons to measure and their versions. Raises BenchmarkError without ours."""
+    sides = {"ours": Side(find_ours(), {})}
+    if "compiled" in version(sides["ours"]):
+        sides["plain"] = Side(sides["ours"].program, PURE)
+    if debian := None if quick else find_debian(BUILD):
+        sides["debian"] = Side(debian, {})
+    if found := find_peer(peer, BUILD):
+        sides["peer"] = Side(found, {})
+    else:
+        print("peer not available: no --peer, no $VDC_PEER, no cargo that installs it")
+    return sides, {name: version(side) for name, side in sides.items()}
 
 
 def main() -> int:
@@ -273,35 +432,31 @@ def main() -> int:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="3 short rounds, in under two minutes; prints the table and leaves the files alone",
+        help="short rounds, in two minutes; prints the tables and leaves the files alone",
     )
-    parser.add_argument("--rounds", type=int, help="rounds of every cell (default 5, quick 3)")
+    parser.add_argument("--rounds", type=int, help="rounds of every cell (default 5, quick 2)")
     parser.add_argument("--peer", help="the Rust daemon's program (default $VDC_PEER, or cargo)")
-    parser.add_argument("--name", help="the result file's name (default: our version)")
+    parser.add_argument("--only", default="", help="only cells with this in their name; no files")
     options = parser.parse_args()
-    rounds = options.rounds or (3 if options.quick else 5)
+    rounds = options.rounds or (2 if options.quick else 5)
     if rounds < 1:
         parser.error("--rounds must be at least 1")
     BUILD.mkdir(parents=True, exist_ok=True)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limits[1], limits[1]))  # for many guests
+    begin, others = time.monotonic(), Others()
     try:
         frontend = compile_frontend()
-        sides = {"ours": find_ours()}
-        peer = find_peer(options.peer, BUILD)
-        if peer is None:
-            print("peer not available: no --peer, no $VDC_PEER, no cargo that installs it")
-        else:
-            sides["peer"] = peer
-        versions = {side: version(program) for side, program in sides.items()}
+        sides, versions = find_sides(options.peer, options.quick)
     except BenchmarkError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every daemon is ended
     layout = pin()
     machine = describe_machine(layout)
-    begin, others = time.monotonic(), Others()
     with tempfile.TemporaryDirectory(prefix="vdc", dir="/tmp") as folder:
-        bench = Bench(frontend, sides, layout, Path(folder))
-        measure_all(bench, rounds, options.quick)
+        bench = Bench(frontend, sides, layout, Path(folder), options.only)
+        rounds = measure_all(bench, rounds, options.quick)
     machine["others_percent"] = round(others.percent(), 1)
     results: report.Results = {
         "versions": versions,
@@ -310,18 +465,30 @@ def main() -> int:
         "quick": options.quick,
         "took_s": round(time.monotonic() - begin),
         "cells": bench.cells,
-        "footprint": bench.footprint,
     }
-    table = report.render(results)
-    print(table)
-    name = options.name or versions["ours"]
-    path = BUILD / "quick.json" if options.quick else HERE / "results" / f"{name}.json"
+    last = report.last_committed(HERE / "results")
+    publish(results, keep=not (options.quick or options.only))
+    if last and rounds >= ENOUGH:
+        print(f"compared with the last committed report, of {last['versions']['ours']}:")
+        print("\n".join(report.worse(results, last)) or "nothing got worse by more than the noise")
+    return 0
+
+
+def publish(results: report.Results, *, keep: bool) -> None:
+    """Print the report, and write the results, the report and the plots where they belong."""
+    text = report.render(results)
+    print(text)
+    version_number = results["versions"]["ours"].split()[0]
+    path = HERE / "results" / f"{version_number}.json" if keep else BUILD / "last.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
-    if not options.quick:
-        report.rewrite(README, table)
+    if keep:
+        from plots import draw
+
+        draw(results["cells"], path.parent)
+        report.rewrite(README, report.RESULTS, text)
+        report.rewrite(HERE.parent / "README.md", report.SPEED, report.render_head(results))
     print(f"all rounds are in {os.path.relpath(path)}")
-    return 0
 
 
 if __name__ == "__main__":
