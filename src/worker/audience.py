@@ -169,19 +169,18 @@ class Audience:
         self._read(seat)
 
     def _read(self, seat: _Seat) -> None:
-        room = self._port.input.room()
-        if not room or self._frozen:
+        waiting = self._port.input
+        if self._frozen or len(waiting) == waiting.size:
             seat.paused = True
             if seat.polled:
                 self._poller.want(seat.client.reads, select.EPOLLRDHUP)
             return
         try:
-            count = seat.client.read(room)
+            count = self._port.receive(seat.client.read)
         except ConnectionError:
             self._let_go(seat)
             return
         if count:
-            self._port.input.fed(count)
             if seat is not self._typist or seat.client.size() != self._port.size:
                 self._typist = seat
                 self.decide_size()

@@ -19,7 +19,7 @@ from vhost_device_console.worker.audience import Audience
 from vhost_device_console.worker.backends import unix
 from vhost_device_console.worker.backends.base import Client, Endpoint
 from vhost_device_console.worker.backends.stream import StreamClient
-from vhost_device_console.worker.console.port import Port
+from vhost_device_console.worker.console.port import Inlet, Port
 from vhost_device_console.worker.poller import Poller, Timer
 
 SIZE = 4096
@@ -88,7 +88,7 @@ class Odd(StreamClient):
     lost = 0
     queued = 0
 
-    def read(self, into: memoryview) -> int | None:
+    def read(self, into: list[memoryview]) -> int | None:
         return None if self.silent else super().read(into)
 
     def write(self, data: memoryview | bytes) -> int:
@@ -124,26 +124,52 @@ class Buffer:
 
 @dataclass
 class Queue:
-    """A virtqueue with the guest's buffers in it."""
+    """A virtqueue with the guest's buffers in it; `used` has what was written of each."""
 
     given: deque[Buffer] = field(default_factory=deque)
-    done: int = 0
-    last: Buffer | None = None
+    popped: deque[Buffer] = field(default_factory=deque)
+    used: list[int] = field(default_factory=list)
+    held: int = 0
+
+    @property
+    def done(self) -> int:
+        return len(self.used)
 
     def give(self, *data: bytes) -> None:
         for piece in data:
             self.given.append(Buffer(0, len(piece), [memoryview(piece)]))
 
+    def room(self, size: int) -> memoryview:
+        """Give a buffer to be filled; return it."""
+        room = memoryview(bytearray(size))
+        self.given.append(Buffer(0, size, [room]))
+        return room
+
     def pop(self) -> Buffer | None:
-        self.last = self.given.popleft() if self.given else None
-        return self.last
+        if not self.given:
+            return None
+        self.popped.append(self.given.popleft())
+        return self.popped[-1]
 
-    def unpop(self) -> None:
-        assert self.last is not None
-        self.given.appendleft(self.last)
+    def unpop(self, _head: int) -> None:
+        self.given.appendleft(self.popped.pop())
 
-    def push(self, _head: int, _written: int) -> None:
-        self.done += 1
+    def push(self, _head: int, written: int) -> None:
+        self.popped.popleft()
+        self.used.append(written)
+
+    def take(self, output: Output, most: int, limit: int, _linger_ns: int) -> int:
+        self.held = taken = 0
+        while taken < most and (chain := self.pop()) is not None:
+            if output.head + chain.size > limit:
+                self.unpop(chain.head)
+                self.held = chain.size
+                break
+            output.append(chain.spans[0])
+            self.push(chain.head, 0)
+            taken += 1
+        output.commit()
+        return taken
 
 
 class Lines(logging.Handler):
@@ -439,7 +465,7 @@ def test_a_full_input_ring_costs_no_wakeups(hall: Hall) -> None:
     hall.settle()
     reads = 0
 
-    def read(into: memoryview) -> int | None:
+    def read(into: list[memoryview]) -> int | None:
         nonlocal reads
         reads += 1
         return StreamClient.read(client, into)
@@ -1007,3 +1033,138 @@ def test_a_port_is_attended_from_the_first_client_to_the_last(hall: Hall) -> Non
         user.close()
     hall.settle()
     assert [*attended, hall.port.attended] == [False, True, True, False]
+
+
+# Straight into the guest's buffers
+
+
+class Desk(Hall):
+    """A port whose guest has a queue for input, and takes it while it has the port `open`."""
+
+    def __init__(self, ends: ExitStack) -> None:
+        super().__init__(ends)
+        self.queue = Queue()
+        self.open = True
+        self.port.inlet = Inlet(self.queue, lambda: self.open, lambda move: void(move()))
+
+
+def void(_: int) -> None:
+    return
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    with ExitStack() as ends:
+        yield Desk(ends)
+
+
+def test_a_key_is_in_the_guests_buffer_at_once(desk: Desk) -> None:
+    user = desk.join()
+    room = desk.queue.room(16)
+    user.send(b"k")
+    desk.poller.step()
+    assert (bytes(room[:1]), desk.queue.used, len(desk.port.input)) == (b"k", [1], 0)
+
+
+def test_what_finds_no_buffer_waits_and_is_not_overtaken(desk: Desk) -> None:
+    user = desk.join()
+    user.send(b"first ")
+    desk.settle()
+    room = desk.queue.room(16)
+    user.send(b"second")
+    desk.settle()
+    desk.port.give_input(desk.queue, 64)
+    assert bytes(room[:12]) == b"first second"
+
+
+def test_a_paste_arrives_exactly_however_the_guest_takes_it(desk: Desk) -> None:
+    user = desk.join()
+    sent = bytes(at * 7 % 253 for at in range(30 * SIZE))
+    rooms = []
+    at = 0
+    for turn in range(10_000):
+        if at == len(sent) and sum(desk.queue.used) == len(sent):
+            break
+        at += len(type_all(user, sent[at : at + 3000]))
+        if turn % 5:
+            rooms.append(desk.queue.room(1 + turn * 31 % 700))
+        desk.poller.step()
+        if turn % 7 == 0:
+            desk.port.give_input(desk.queue, 64)
+            desk.audience.resume()
+    got = b"".join(bytes(room[:size]) for room, size in zip(rooms, desk.queue.used, strict=False))
+    assert got == sent
+
+
+def test_several_typists_at_once_each_arrive_in_order(desk: Desk) -> None:
+    users = [desk.join() for _ in range(3)]
+    rooms = [desk.queue.room(100) for _ in range(60)]
+    for word in range(20):
+        for who, user in enumerate(users):
+            user.send(b"%d:%02d " % (who, word))
+        desk.settle()
+    got = b"".join(bytes(room[:size]) for room, size in zip(rooms, desk.queue.used, strict=False))
+    words = got.decode().split()
+    for who in range(3):
+        assert [w for w in words if w[0] == str(who)] == [f"{who}:{word:02}" for word in range(20)]
+
+
+def test_a_guest_that_closes_its_port_finds_the_rest_when_it_is_back(desk: Desk) -> None:
+    user = desk.join()
+    room = desk.queue.room(8)
+    user.send(b"taken")
+    desk.settle()
+    desk.open = False
+    rest = desk.queue.room(8)
+    user.send(b"kept")
+    desk.settle()
+    assert (bytes(room[:5]), desk.queue.used, desk.port.input.copy()) == (b"taken", [5], b"kept")
+    desk.port.give_input(desk.queue, 64)
+    assert bytes(rest[:4]) == b"kept"
+
+
+def test_while_the_guest_moves_nothing_goes_into_its_buffers(desk: Desk) -> None:
+    user = desk.join()
+    room = desk.queue.room(8)
+    desk.audience.freeze()
+    user.send(b"later")
+    desk.settle()
+    assert (desk.queue.used, desk.port.input.tail, len(desk.port.input)) == ([], 0, 0)
+    desk.audience.thaw()
+    desk.settle()
+    assert (desk.queue.used, bytes(room[:5])) == ([5], b"later")
+
+
+def test_last_words_go_straight_in_before_their_client_leaves(desk: Desk) -> None:
+    user = desk.join()
+    room = desk.queue.room(16)
+    user.send(b"last words")
+    user.close()
+    desk.settle()
+    assert (desk.queue.used, bytes(room[:10])) == ([10], b"last words")
+    assert not desk.port.watchers
+
+
+def test_a_client_that_broke_off_leaves_the_guests_buffers_alone(desk: Desk) -> None:
+    client, user = desk.connect(Odd)
+    desk.queue.room(16)
+
+    def read(into: list[memoryview]) -> int | None:
+        raise ConnectionResetError(len(into))
+
+    client.read = read  # type: ignore[method-assign]
+    user.shutdown(socket.SHUT_WR)
+    desk.settle()
+    assert (desk.queue.used, len(desk.queue.given), desk.port.watchers) == ([], 1, [])
+
+
+def test_who_typed_straight_in_decides_the_size_too(desk: Desk) -> None:
+    first, _ = desk.connect(Screen)
+    second, user = desk.connect(Screen)
+    assert isinstance(first, Screen)
+    assert isinstance(second, Screen)
+    first.columns, second.columns = 80, 132
+    desk.queue.room(16)
+    user.send(b"k")
+    desk.settle()
+    assert desk.port.size == (132, 25)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import Protocol
+
+from ...errors import FrontendError
 
 
 class Client(Protocol):
@@ -19,10 +23,11 @@ class Client(Protocol):
     stays: bool
     resizes: bool
 
-    def read(self, into: memoryview) -> int | None:
-        """Read into `into`; return how many bytes, 0 at the end of input, None for not now.
+    def read(self, into: list[memoryview]) -> int | None:
+        """Fill these spans in turn; return how many bytes, 0 at the end of input, None for not now.
 
-        Raises ConnectionError when the client is gone.
+        Raises ConnectionError when the client is gone, FrontendError when the spans are: memory of
+        a file that was cut off.
         """
 
     def write(self, data: memoryview | bytes) -> int:
@@ -61,3 +66,15 @@ class Endpoint(Protocol):
 
     def close(self) -> None:
         """Accept no more; the clients are their owner's."""
+
+
+def read_into(fd: int, into: list[memoryview]) -> int | None:
+    """Read as `Client.read` does, but for OSErrors, of which each kind of client has its own."""
+    try:
+        return os.readv(fd, into)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno == errno.EFAULT:
+            raise FrontendError("the guest's memory is gone: its frontend cut it off") from None
+        raise

@@ -14,6 +14,8 @@ import os
 import select
 import struct
 
+from .base import read_into
+
 _IN_OPEN = 0x20
 _NUMBER = struct.Struct("=I")
 
@@ -52,16 +54,15 @@ class PtyClient:
         self.writes = os.dup(fd)
         self.over = over
 
-    def read(self, into: memoryview) -> int | None:
+    def read(self, into: list[memoryview]) -> int | None:
         """See `Client.read`; a slave that nobody has open any more is a client that is gone."""
         try:
-            return os.readv(self.reads, [into])
-        except BlockingIOError:
-            if self.over:
-                raise ConnectionResetError("nobody had the pty open any more") from None
-            return None
+            count = read_into(self.reads, into)
         except OSError as error:
             raise _gone(error) from None
+        if count is None and self.over:
+            raise ConnectionResetError("nobody had the pty open any more")
+        return count
 
     def write(self, data: memoryview | bytes) -> int:
         """See `Client.write`."""

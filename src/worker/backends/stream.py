@@ -10,6 +10,8 @@ import struct
 import termios
 from collections.abc import Callable
 
+from .base import read_into
+
 _COUNT = struct.Struct("=i")
 
 
@@ -26,12 +28,10 @@ class StreamClient:
         self.reads = sock.fileno()
         self.writes = os.dup(self.reads)
 
-    def read(self, into: memoryview) -> int | None:
+    def read(self, into: list[memoryview]) -> int | None:
         """See `Client.read`."""
         try:
-            return self._sock.recv_into(into)
-        except BlockingIOError:
-            return None
+            return read_into(self.reads, into)
         except OSError as error:  # a timeout or no route any more are no ConnectionErrors
             raise ConnectionResetError(f"the connection is gone: {error}") from None
 
@@ -68,7 +68,7 @@ class StreamClient:
         """Close the connection. Idempotent."""
         if self.writes >= 0:
             os.close(self.writes)
-            self.writes = -1
+            self.reads = self.writes = -1
         self._sock.close()
 
 

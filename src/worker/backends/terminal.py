@@ -15,7 +15,12 @@ import tty
 from collections.abc import Callable
 from typing import Any
 
+from .base import read_into
+
 _ESCAPE = 0x1D  # Ctrl-]
+
+#: What a terminal gives in one read at most (Linux' n_tty).
+_MOST_KEYS = 4096
 
 _HELP = b"\r\n[Ctrl-] then q: leave, the daemon ends; ?: this list; Ctrl-]: send Ctrl-] itself]\r\n"
 
@@ -78,19 +83,21 @@ class Terminal:
                 return columns, rows
         return 0, 0
 
-    def read(self, into: memoryview) -> int | None:
+    def read(self, into: list[memoryview]) -> int | None:
         """See `Client.read`; escapes are taken out, which can leave nothing for now."""
         try:
-            data = os.read(self.reads, len(into))
+            if self._cooked is None:
+                return read_into(self.reads, into)
+            data = os.read(self.reads, min(len(into[0]), _MOST_KEYS))
         except BlockingIOError:
             return None
         except OSError as error:
             raise ConnectionResetError(f"the terminal is gone: {error}") from None
         if not data:
             return 0
-        if self._cooked is not None and (self._escaped or _ESCAPE in data):
+        if self._escaped or _ESCAPE in data:
             data = self._unescape(data)
-        into[: len(data)] = data
+        into[0][: len(data)] = data
         return len(data) or None
 
     def _unescape(self, data: bytes) -> bytes:

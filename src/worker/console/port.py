@@ -12,10 +12,27 @@ does not wait for an absent reader, since Linux' hvc would spin until one comes.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, Protocol
 
 from ...errors import GuestError
 from ...journal import Input, Output, Reader
+
+#: Reads what a client has typed into these spans, as `backends.base.Client.read` does.
+Read = Callable[[list[memoryview]], int | None]
+
+#: Buffers of the guest's that one read may fill.
+_MOST_AT_ONCE = 64
+
+#: Spans that the system fills in one read (readv(2), IOV_MAX).
+_MOST_SPANS = 1024
+
+#: No read came to be.
+_UNREAD = -1
+
+#: More than any offset.
+_NO_LIMIT = (1 << 63) - 1
 
 
 class Chain(Protocol):
@@ -32,11 +49,30 @@ class Queue(Protocol):
     def pop(self) -> Chain | None:
         """Return the guest's next buffer, None when there is none; may raise GuestError."""
 
-    def unpop(self) -> None:
-        """Put the buffer popped last back."""
+    @property
+    def held(self) -> int:
+        """The size of the buffer that `take` left for want of room, 0 for none."""
+
+    def take(self, output: Output, most: int, limit: int, linger_ns: int) -> int:
+        """Move up to `most` buffers into `output`, up to offset `limit`; may raise GuestError."""
+
+    def unpop(self, head: int) -> None:
+        """Put the buffer popped last, `head`, back; again and again, until the one pushed last."""
 
     def push(self, head: int, written: int) -> None:
         """Complete the oldest buffer popped."""
+
+
+class Inlet(NamedTuple):
+    """The way of input straight into the guest's buffers: while their `ring` runs and is enabled.
+
+    `open` says whether the guest would keep input now; `serve` calls a function that completes
+    buffers and returns how many, and lets the guest see them at once.
+    """
+
+    ring: Queue
+    open: Callable[[], bool]
+    serve: Callable[[Callable[[], int]], None]
 
 
 class Watcher(Reader):
@@ -56,7 +92,8 @@ class Port:
     holder has read on. `size` is that of the terminal at the port, in columns and rows, (0, 0)
     where it is not known, and `size_by` names who decided it.
     Counters are in bytes: `discarded` what the guest wrote to a disabled queue, `missed` what
-    readers that are gone were skipped over; `stalls` counts readers found stuck.
+    readers that are gone were skipped over; `stalls` counts readers found stuck. `inlet` is there
+    while the guest can be given input.
     """
 
     def __init__(
@@ -75,6 +112,7 @@ class Port:
         self.blocking = blocking
         self.output = output
         self.input = input_
+        self.inlet: Inlet | None = None
         self.opened = False
         self.attended = False
         self.holding = False
@@ -84,6 +122,8 @@ class Port:
         self.discarded = 0
         self.stalls = 0
         self._missed = 0
+        self._share = 1  # buffers that the next read may fill
+        self._received: int | None = None  # what the last one returned
         self._last_words = bytearray()  # held in a ring that was stopped
         self._left = 0  # how many bytes those were
 
@@ -149,14 +189,14 @@ class Port:
             (watcher for watcher in self.watchers if self.blocking or not watcher.stuck), None
         )
 
-    def _limit(self) -> int | None:
-        """Return the offset that output may not pass for now, None when the oldest give way."""
+    def _limit(self) -> int:
+        """Return the offset that output may not pass for now; there is none where the oldest go."""
         holder = self.holder
         if holder is not None:
             return holder.offset + self.output.size
         if self.blocking and not self.console:
             return self.output.seen + self.output.size
-        return None
+        return _NO_LIMIT
 
     def adopt_output(self, seen: int, head: int, data: bytes) -> None:
         """Go on with the output of a guest that moved here: nobody has seen it from `seen` on.
@@ -231,31 +271,76 @@ class Port:
         self.output.seen = self.output.head
         self.input.consume(len(self.input))
 
-    def take_output(self, queue: Queue, most: int) -> int:
+    def take_output(self, queue: Queue, most: int, linger_ns: int = 0) -> int:
         """Move up to `most` buffers of the guest's into the journal; return how many.
 
-        They are pushed, not yet published. Stops early, `holding`, when the journal has no room
-        for the next one that the holder can spare. Raises GuestError as `queue` does.
+        Stops early, `holding`, when the journal has no room for the next one that the holder can
+        spare, and otherwise looks for `linger_ns` for more. Raises GuestError as `queue` does.
         """
-        output = self.output
-        limit = self._limit()
         self.holding = False
-        taken = 0
-        try:
-            while taken < most and (chain := queue.pop()) is not None:
-                if chain.size > output.size:  # the ring may have been made for another port
-                    raise GuestError(f"a chain of more than {output.size} bytes")
-                if limit is not None and output.head + chain.size > limit:
-                    queue.unpop()
-                    self.holding = True
-                    break
-                for span in chain.spans:
-                    output.append(span)
-                queue.push(chain.head, 0)
-                taken += 1
-        finally:
-            output.commit()
+        taken = queue.take(self.output, most, self._limit(), linger_ns)
+        self.holding = queue.held > 0
         return taken
+
+    def receive(self, read: Read) -> int | None:
+        """Have a client's bytes read, and return what `read` does; the input ring must have room.
+
+        They go straight into the guest's buffers, which the guest then sees, while nothing is
+        before them in the input ring and there are such buffers; else into the ring.
+        """
+        waiting, inlet = self.input, self.inlet
+        if inlet is not None and waiting.head == waiting.tail and inlet.open():
+            self._received = _UNREAD
+            inlet.serve(partial(self._receive, inlet.ring, read))
+            if self._received != _UNREAD:
+                return self._received
+        count = read([waiting.room()])
+        if count:
+            waiting.fed(count)
+        return count
+
+    def _receive(self, queue: Queue, read: Read) -> int:
+        """Have bytes read into the guest's buffers; return how many are completed."""
+        chains: list[Chain] = []
+        spans: list[memoryview] = []
+        try:
+            while len(chains) < self._share and len(spans) < _MOST_SPANS:
+                chain = queue.pop()
+                if chain is None:
+                    break
+                chains.append(chain)
+                spans += chain.spans
+        except GuestError:
+            if not chains:
+                raise
+            # The next read meets it; these are good.
+        if not chains:
+            return 0
+        count: int | None = None
+        used = 0
+        try:
+            # Buffers of no size would look like the end of the input.
+            count = read(spans[:_MOST_SPANS]) if spans else None
+        finally:
+            left = count or 0
+            while used < len(chains) and (left > 0 or not spans):
+                left -= chains[used].size
+                used += 1
+            for chain in reversed(chains[used:]):
+                queue.unpop(chain.head)
+        self._received = count
+        filled = used == len(chains) and left == 0
+        self._share = min(4 * used, _MOST_AT_ONCE) if filled else max(used, 1)
+        for chain in chains[: used - 1]:
+            queue.push(chain.head, chain.size)
+        if used:
+            last = chains[used - 1]
+            queue.push(last.head, last.size + left)
+        if count:
+            # In this order: a worker killed in between leaves no bytes that never were in the ring.
+            self.input.consume(count)
+            self.input.fed(count)
+        return used
 
     def give_input(self, queue: Queue, most: int) -> int:
         """Move waiting input into up to `most` buffers of the guest's; return how many.

@@ -105,9 +105,9 @@ def test_who_typed_and_closed_at_once_is_read_and_then_gone(pair: Pty, wait: Wai
     pair.leave()
     wait(pair.endpoint.fileno())
     client = pair.accept()
-    assert client.read(ROOM) == 5
+    assert client.read([ROOM]) == 5
     with pytest.raises(ConnectionError):
-        client.read(ROOM)
+        client.read([ROOM])
     client.close()
     assert pair.endpoint.accept() is None
 
@@ -127,7 +127,7 @@ def test_what_one_who_left_typed_is_read_by_one_client(pair: Pty, wait: Wait) ->
     client.end_output()
     wait(client.reads, 0)
     assert pair.endpoint.accept() is None
-    assert client.read(ROOM) == 5
+    assert client.read([ROOM]) == 5
 
 
 def test_what_was_typed_stays_in_the_pty_when_a_client_is_let_go(pair: Pty) -> None:
@@ -135,7 +135,7 @@ def test_what_was_typed_stays_in_the_pty_when_a_client_is_let_go(pair: Pty) -> N
     client = pair.accept()
     assert client.unread() == 0
     client.close()
-    assert pair.accept().read(ROOM) == 5
+    assert pair.accept().read([ROOM]) == 5
 
 
 def test_bytes_pass_unchanged_both_ways(pair: Pty, wait: Wait) -> None:
@@ -146,13 +146,13 @@ def test_bytes_pass_unchanged_both_ways(pair: Pty, wait: Wait) -> None:
     assert os.read(user, 512) == every
     os.write(user, every[:64])
     wait(client.reads)
-    assert client.read(ROOM) == 64
+    assert client.read([ROOM]) == 64
     assert bytes(ROOM) == every[:64]
 
 
 def test_nothing_typed_is_nothing_for_now(pair: Pty) -> None:
     pair.open()
-    assert pair.accept().read(ROOM) is None
+    assert pair.accept().read([ROOM]) is None
 
 
 def test_a_user_that_does_not_read_does_not_block(pair: Pty) -> None:
@@ -170,9 +170,9 @@ def test_what_was_typed_before_closing_is_read_and_then_the_client_is_gone(
     os.write(user, b"last")
     wait(client.reads)
     pair.leave()
-    assert client.read(ROOM) == 4
+    assert client.read([ROOM]) == 4
     with pytest.raises(ConnectionError):
-        client.read(ROOM)
+        client.read([ROOM])
 
 
 def test_a_closed_slave_hangs_up(pair: Pty, wait: Wait) -> None:
@@ -188,7 +188,7 @@ def test_one_of_two_openers_leaving_changes_nothing(pair: Pty) -> None:
     pair.open()
     pair.users.remove(first)
     os.close(first)
-    assert client.read(ROOM) is None
+    assert client.read([ROOM]) is None
 
 
 def test_a_slave_opened_again_is_a_new_client(pair: Pty, wait: Wait) -> None:
@@ -201,7 +201,7 @@ def test_a_slave_opened_again_is_a_new_client(pair: Pty, wait: Wait) -> None:
         pair.leave()
         wait(client.reads)
         with pytest.raises(ConnectionError):
-            client.read(ROOM)
+            client.read([ROOM])
         client.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import resource
 import socket
@@ -11,16 +12,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from vhost_device_console.errors import FrontendError
 from vhost_device_console.worker.backends.stream import StreamClient, StreamEndpoint
-
-
-class Broken(socket.socket):
-    """A connection that died as told."""
-
-    error = errno.EIO
-
-    def recv_into(self, *_: object) -> NoReturn:
-        raise OSError(self.error, os.strerror(self.error))
 
 
 @pytest.fixture
@@ -42,7 +35,7 @@ def test_what_is_typed_is_read(pair: Pair) -> None:
     client, user = pair
     user.send(b"typed")
     room = bytearray(16)
-    assert client.read(memoryview(room)) == 5
+    assert client.read([memoryview(room)]) == 5
     assert room[:5] == b"typed"
 
 
@@ -50,11 +43,11 @@ def test_no_more_is_read_than_there_is_room_for(pair: Pair) -> None:
     client, user = pair
     user.send(b"typed")
     room = bytearray(3)
-    assert [client.read(memoryview(room)), client.read(memoryview(room))] == [3, 2]
+    assert [client.read([memoryview(room)]), client.read([memoryview(room)])] == [3, 2]
 
 
 def test_nothing_typed_is_nothing_for_now(pair: Pair) -> None:
-    assert pair[0].read(memoryview(bytearray(16))) is None
+    assert pair[0].read([memoryview(bytearray(16))]) is None
 
 
 def test_the_end_of_input_is_no_bytes(pair: Pair) -> None:
@@ -62,13 +55,13 @@ def test_the_end_of_input_is_no_bytes(pair: Pair) -> None:
     user.send(b"last")
     user.shutdown(socket.SHUT_WR)
     room = memoryview(bytearray(16))
-    assert [client.read(room), client.read(room), client.read(room)] == [4, 0, 0]
+    assert [client.read([room]), client.read([room]), client.read([room])] == [4, 0, 0]
 
 
 def test_after_the_end_of_input_output_still_arrives(pair: Pair) -> None:
     client, user = pair
     user.shutdown(socket.SHUT_WR)
-    assert client.read(memoryview(bytearray(16))) == 0
+    assert client.read([memoryview(bytearray(16))]) == 0
     assert client.write(b"answer") == 6
     assert user.recv(16) == b"answer"
 
@@ -76,14 +69,37 @@ def test_after_the_end_of_input_output_still_arrives(pair: Pair) -> None:
 @pytest.mark.parametrize(
     "error", [errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH]
 )
-def test_a_connection_that_died_of_anything_is_a_client_that_is_gone(error: int) -> None:
-    ours, theirs = socket.socketpair()
-    broken = Broken(fileno=ours.detach())
-    broken.error = error
-    client = StreamClient(broken, "test")
-    with theirs, pytest.raises(ConnectionError):
-        client.read(memoryview(bytearray(16)))
-    client.close()
+def test_a_connection_that_died_of_anything_is_a_client_that_is_gone(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    def readv(*_: object) -> NoReturn:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "readv", readv)
+    with pytest.raises(ConnectionError):
+        pair[0].read([memoryview(bytearray(16))])
+
+
+def test_what_is_typed_fills_several_spans_in_turn(pair: Pair) -> None:
+    client, user = pair
+    user.send(b"typed")
+    spans = [memoryview(bytearray(size)) for size in (2, 1, 4)]
+    assert client.read(spans) == 5
+    assert [bytes(span) for span in spans] == [b"ty", b"p", b"ed\0\0"]
+
+
+def test_memory_that_was_cut_off_is_the_frontends_fault_and_costs_no_bytes(pair: Pair) -> None:
+    client, user = pair
+    user.send(b"typed")
+    fd = os.memfd_create("memory")
+    os.ftruncate(fd, mmap.PAGESIZE)
+    memory = mmap.mmap(fd, mmap.PAGESIZE)
+    os.ftruncate(fd, 0)
+    os.close(fd)
+    with pytest.raises(FrontendError, match="memory is gone"):
+        client.read([memoryview(memory)])
+    room = bytearray(16)
+    assert client.read([memoryview(room)]) == 5
 
 
 def test_writing_to_who_has_gone_is_a_connection_error(pair: Pair) -> None:
@@ -135,7 +151,7 @@ def test_what_is_on_its_way_becomes_less_as_the_user_reads(pair: Pair) -> None:
 def test_what_was_typed_and_not_read_would_be_lost(pair: Pair) -> None:
     client, user = pair
     user.send(b"typed")
-    client.read(memoryview(bytearray(2)))
+    client.read([memoryview(bytearray(2))])
     user.close()
     assert client.unread() == 3
 

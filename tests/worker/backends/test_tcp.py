@@ -82,9 +82,9 @@ def test_a_half_closed_client_gets_its_answer(both: Both, wait: Wait) -> None:
     user.shutdown(socket.SHUT_WR)
     room = memoryview(bytearray(16))
     wait(client.reads)
-    assert client.read(room) == 8
+    assert client.read([room]) == 8
     wait(client.reads)
-    assert client.read(room) == 0
+    assert client.read([room]) == 0
     client.write(b"answer")
     assert user.recv(16) == b"answer"
 
@@ -94,7 +94,7 @@ def test_a_reset_client_is_gone(both: Both, wait: Wait) -> None:
     reset(user)
     wait(client.reads)
     with pytest.raises(ConnectionError):
-        client.read(memoryview(bytearray(16)))
+        client.read([memoryview(bytearray(16))])
 
 
 def test_writing_to_a_reset_client_is_a_connection_error(both: Both, wait: Wait) -> None:
@@ -112,7 +112,7 @@ def test_a_client_whose_output_timed_out_is_gone(both: Both, wait: Wait) -> None
     fill(client)
     assert wait(client.reads, 0) & select.POLLHUP
     with pytest.raises(ConnectionError):
-        client.read(memoryview(bytearray(16)))
+        client.read([memoryview(bytearray(16))])
 
 
 def test_what_was_acknowledged_is_delivered(both: Both) -> None:

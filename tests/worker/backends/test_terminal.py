@@ -68,7 +68,7 @@ def desk() -> Iterator[Desk]:
 def read(terminal: Terminal, size: int = 4096) -> bytes | None:
     """Return what is read, None for nothing now."""
     room = bytearray(size)
-    count = terminal.read(memoryview(room))
+    count = terminal.read([memoryview(room)])
     return None if count is None else bytes(room[:count])
 
 

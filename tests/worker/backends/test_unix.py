@@ -21,7 +21,7 @@ def test_a_unix_client_types_and_reads(folder: Path) -> None:
         assert client is not None
         user.send(b"typed")
         room = bytearray(16)
-        assert client.read(memoryview(room)) == 5
+        assert client.read([memoryview(room)]) == 5
         assert client.write(b"shown") == 5
         assert user.recv(16) == b"shown"
         assert (client.name, client.stays) == ("unix client", False)

@@ -30,8 +30,9 @@ class Queue:
 
     given: deque[Buffer] = field(default_factory=deque)
     used: list[tuple[int, int]] = field(default_factory=list)
-    last: Buffer | None = None
+    popped: deque[Buffer] = field(default_factory=deque)
     heads: int = 0
+    held: int = 0
 
     def write(self, *pieces: bytes) -> None:
         """Give one readable buffer in so many pieces."""
@@ -56,19 +57,35 @@ class Queue:
             return None
         if self.given[0].broken:
             raise GuestError("a mistake")
-        self.last = self.given.popleft()
-        return self.last
+        self.popped.append(self.given.popleft())
+        return self.popped[-1]
 
-    def unpop(self) -> None:
-        assert self.last is not None
-        self.given.appendleft(self.last)
-        self.last = None
+    def unpop(self, head: int) -> None:
+        self.given.appendleft(self.popped.pop())
+        assert self.given[0].head == head
+
+    def take(self, output: Output, most: int, limit: int, linger_ns: int) -> int:
+        self.held = 0
+        taken = 0
+        try:
+            while taken < most and (chain := self.pop()) is not None:
+                if chain.size > output.size:
+                    raise GuestError("a long chain")
+                if output.head + chain.size > limit:
+                    self.unpop(chain.head)
+                    self.held = chain.size
+                    break
+                for span in chain.spans:
+                    output.append(span)
+                self.push(chain.head, 0)
+                taken += 1
+        finally:
+            output.commit()
+        return taken
 
     def push(self, head: int, written: int) -> None:
-        assert self.last is not None
-        assert head == self.last.head
+        assert head == self.popped.popleft().head
         self.used.append((head, written))
-        self.last = None
 
 
 @pytest.fixture
