@@ -83,15 +83,18 @@ class Output:
 
     def append(self, data: memoryview | bytes) -> None:
         """Add at most `size` bytes; the oldest give way. They count from `commit` on."""
-        count = len(data)
-        at = self.head & self._mask
-        end = at + count
+        self.append_from(memoryview(data), 0, len(data))
+
+    def append_from(self, source: memoryview, at: int, count: int) -> None:
+        """Do the same with the `count` bytes from `at` of `source`."""
+        start = self.head & self._mask
+        end = start + count
         if end <= self.size:
-            self._ring[at:end] = data
+            self._ring[start:end] = source[at : at + count]
         else:
-            first = self.size - at
-            self._ring[at:] = data[:first]
-            self._ring[: count - first] = data[first:]
+            first = self.size - start
+            self._ring[start:] = source[at : at + first]
+            self._ring[: count - first] = source[at + first : at + count]
         self.head += count
 
     def commit(self) -> None:
@@ -149,8 +152,9 @@ class Input:
         self._ring = ring
         self._mask = self.size - 1
         self._words = words
-        self.head: int = words[_IN_HEAD]
+        # What never lay in the ring moved the tail first: a tail ahead is not a head behind.
         self.tail: int = words[_IN_TAIL]
+        self.head: int = max(words[_IN_HEAD], self.tail)
 
     def __len__(self) -> int:
         return self.head - self.tail

@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ from .backends import pty, tcp, unix
 from .backends.base import Endpoint
 from .backends.terminal import Terminal
 from .console.device import FEATURES, Console, Role
-from .console.port import Port, discard
+from .console.port import Inlet, Port, discard
 from .frontend import Frontend
 from .inheritance import Inheritance
 from .poller import Poller
@@ -80,6 +81,7 @@ class Guest:
 
         self._audiences: dict[int, Audience] = {}
         self._parting: list[Audience] = []  # of ports that were removed
+        self._fresh = 0  # bytes of output that nobody was given yet
         self._frozen = False
         self._loaded: state.Loaded | None = None
         self._saved: list[Port] = []
@@ -147,6 +149,7 @@ class Guest:
         self._queues.drain_all()  # what the guest wrote while there was a reader
         if port.holding:
             self._log.warning("port %d: what its guest wrote last is not taken", port.id)
+        port.inlet = None
         self._console.remove(port)
         self._queues.reconnect()
         self._parting.append(self._audiences.pop(port.id))
@@ -185,7 +188,7 @@ class Guest:
     def run(self) -> None:
         """Serve until told to end, left by the user, or without master or `--fd` frontend."""
         self._report.send()
-        self._poller.run(self._drain, self._flush, self._queues.arm)
+        self._poller.run(self._drain, self._flush, self._queues.look, self._queues.arm)
 
     def close(self) -> None:
         """Give back everything: the frontend, the clients, the terminal's modes."""
@@ -202,18 +205,20 @@ class Guest:
 
     # The loop's three kinds of work
 
-    def _drain(self) -> bool:
+    def _drain(self, linger_ns: int) -> int:
         try:
-            worked = self._queues.drain()
+            worked = self._queues.drain(linger_ns)
         except FrontendError as error:
             self._frontend.fail(error)
-            return True
-        if worked:
-            self._report.changed()
-        return worked
+            return 1
+        if not worked:
+            return 0
+        self._report.changed()
+        return 1 + self._fresh
 
     def _flush(self) -> bool:
         progress = False
+        self._fresh = 0
         for audience in self._audiences.values():
             progress |= audience.flush()
         if self._parting:
@@ -293,7 +298,9 @@ class Guest:
     def disabled(self, index: int) -> None:
         """Keep what is held, as in `stopped`."""
         role, port = self._console.role(index)
-        if port and port.holding and role is Role.OUTPUT:
+        if port and role is Role.INPUT:
+            port.inlet = None
+        elif port and port.holding and role is Role.OUTPUT:
             self.stopped(index, self._queues.probe(index))
 
     def leaving(self, index: int, ring: Ring) -> None:
@@ -306,7 +313,9 @@ class Guest:
     def stopped(self, index: int, ring: Ring) -> None:
         """Keep what is held, in case that those were the guest's last words."""
         role, port = self._console.role(index)
-        if port and role is Role.OUTPUT:
+        if port and role is Role.INPUT:
+            port.inlet = None
+        elif port and role is Role.OUTPUT:
             with suppress(GuestError):
                 port.remember(ring)
             port.holding = False
@@ -319,35 +328,51 @@ class Guest:
             case Role.OUTPUT if port and not enabled and port.blocking:
                 return IDLE  # every byte counts; it can wait
             case Role.OUTPUT if port is None or not enabled:
-                return Work(ring.ready, partial(discard, ring, BUDGET, port), _always)
+                return Work(ring.ready, lambda _: discard(ring, BUDGET, port), _always)
             case _ if not enabled:
                 return IDLE
             case Role.OUTPUT if port:
-                port.come_back()
-                return Work(
-                    ring.ready, partial(port.take_output, ring, BUDGET), lambda: not port.holding
-                )
+                return self._output_work(port, ring)
             case Role.INPUT if port:
-                return self._input_work(port, ring)
+                return self._input_work(index, port, ring)
             case Role.CONTROL_TO_GUEST:
 
                 def speaking() -> bool:
                     return bool(console.control)
 
-                return Work(speaking, partial(console.speak, ring, BUDGET), speaking)
+                return Work(speaking, lambda _: console.speak(ring, BUDGET), speaking)
             case Role.CONTROL_FROM_GUEST:
-                return Work(ring.ready, partial(console.hear, ring, BUDGET), _always)
+                return Work(ring.ready, lambda _: console.hear(ring, BUDGET), _always)
         return IDLE
 
-    def _input_work(self, port: Port, ring: Ring) -> Work:
+    def _output_work(self, port: Port, ring: Ring) -> Work:
+        port.come_back()
+
+        def take(linger_ns: int) -> int:
+            before = port.output.head
+            taken = port.take_output(ring, BUDGET, linger_ns)
+            self._fresh += port.output.head - before
+            return taken
+
+        return Work(ring.ready, take, lambda: not port.holding)
+
+    def _input_work(self, index: int, port: Port, ring: Ring) -> Work:
         console, audience = self._console, self._audiences[port.id]
+
+        def serve(give: Callable[[], int]) -> None:
+            if self._queues.serve(index, give):
+                self._poller.expect()
+                self._report.changed()
+
+        port.inlet = Inlet(ring, partial(console.takes_input, port), serve)
 
         def waiting() -> bool:
             return len(port.input) > 0 and console.takes_input(port)
 
-        def give() -> int:
+        def give(_: int) -> int:
             given = port.give_input(ring, BUDGET)
             if given:
+                self._poller.expect()
                 audience.resume()
                 console.control.host_changed(port)
             return given

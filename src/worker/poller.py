@@ -1,10 +1,12 @@
 """The loop: file descriptors, timers, signals, and a short adaptive look before sleep.
 
-Work has three parts that the caller gives: `drain` moves what is there and says whether there was
-any, `flush` passes it on, `arm` asks to be woken and says whether something came meanwhile. While
-`drain` finds work it is asked again before anything slower is done; when it finds none the rings
-are looked at for a window of some microseconds. The window grows when looking pays (work came
-within it, or soon after) and shrinks to nothing when it does not, as kernels do for halted vCPUs.
+Work has four parts that the caller gives: `drain` moves what is there, may look a little for more,
+and says whether there was any; `flush` passes it on; `look` watches for work until a moment; `arm`
+asks to be woken and says whether something came meanwhile. Small pieces in quick succession are
+passed on together, since each flush costs a system call for which the next piece would have to
+wait. When there is no more work it is looked for during a window of some microseconds, which grows
+when looking pays (work came within it, or soon after) and shrinks to nothing when it does not, as
+kernels do for halted vCPUs. Nobody looks while the machine has more to do than CPUs.
 """
 
 from __future__ import annotations
@@ -23,11 +25,22 @@ HUP = select.EPOLLHUP | select.EPOLLERR
 
 _FIRST_WINDOW_NS = 10_000
 
-# While drain keeps finding work, how long flushing and file descriptors may wait, and how long a
-# pause ends it: a guest that writes small pieces has the next one ready in less, and a flush costs
-# a system call.
-_LONGEST_DRAIN_NS = 200_000
-_PAUSE_NS = 4_000
+# How long flushing may wait while work goes on, and how long a pause ends that.
+_LONGEST_WAIT_NS = 200_000
+_PAUSE_NS = 20_000
+
+#: More bytes than this are passed on at once.
+_LIGHT = 4096
+
+#: How long file descriptors and timers may wait.
+_DISPATCH_NS = 50_000
+
+#: The kernel's count for this thread: nanoseconds on a CPU, nanoseconds ready for one, slices.
+_SCHEDSTAT = "/proc/thread-self/schedstat"
+
+#: How often the machine is asked how full it is; and the thread waited one part in so many then.
+_CROWD_NS = 20_000_000
+_CROWD_SHARE = 20
 
 
 class Timer:
@@ -58,6 +71,31 @@ class Timer:
         self._callback()
 
 
+class _Crowd:
+    """Whether more wants to run than there are CPUs, as this thread's own waiting tells."""
+
+    def __init__(self) -> None:
+        self._waited = 0
+        self._asked = 0
+        self._here = False
+        try:
+            self._fd = os.open(_SCHEDSTAT, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # a kernel without CONFIG_SCHED_INFO, or no /proc
+            self._fd = -1
+
+    def here(self, now: int) -> bool:
+        """Say whether the thread waited for a CPU lately; `now` is on the monotonic clock."""
+        if now - self._asked > _CROWD_NS and self._fd >= 0:
+            waited = int(os.pread(self._fd, 128, 0).split()[1])
+            self._here = (waited - self._waited) * _CROWD_SHARE > now - self._asked
+            self._waited, self._asked = waited, now
+        return self._here
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+
 class Poller:
     """An epoll loop for one thread. `window_us` is the longest look before sleep, 0 for none."""
 
@@ -69,6 +107,8 @@ class Poller:
         self._timers: set[Timer] = set()
         self._most_window = window_us * 1000
         self._window = min(_FIRST_WINDOW_NS, self._most_window)
+        self._pause = min(_PAUSE_NS, self._most_window)
+        self._crowd = _Crowd()
         self._stopped = False
         self._signals: dict[int, Callable[[], None]] = {}
         self._wakeup, self._signalled = socket.socketpair()
@@ -132,52 +172,64 @@ class Poller:
         """Let `run` return once the present round is over."""
         self._stopped = True
 
+    def expect(self) -> None:
+        """Look for the whole window before the next sleep: an answer is likely."""
+        self._window = self._most_window
+
     def run(
-        self, drain: Callable[[], bool], flush: Callable[[], bool], arm: Callable[[], bool]
+        self,
+        drain: Callable[[int], int],
+        flush: Callable[[], bool],
+        look: Callable[[int], bool],
+        arm: Callable[[], bool],
     ) -> None:
-        """Work until `stop`: see the module's head for the three callables."""
+        """Work until `stop`: see the module's head for the four callables.
+
+        `drain` gets the nanoseconds for which it may look for more and returns how many bytes wait
+        to be passed on, at least 1 when it did anything; `look` gets the time on the monotonic
+        clock until which it may look.
+        """
+        flushed = dispatched = 0
+        waiting = 0
         while not self._stopped:
-            if drain():
-                self._drain_on(drain)
-                flush()
-                self._dispatch(0)
-                continue
-            if flush():
-                self._dispatch(0)
-                continue
-            if self._look(drain) or arm():
-                continue
-            self._sleep()
-
-    @staticmethod
-    def _drain_on(drain: Callable[[], bool]) -> None:
-        now = monotonic_ns()
-        limit = now + _LONGEST_DRAIN_NS
-        pause = now + _PAUSE_NS
-        while now < limit and now < pause:
-            worked = drain()
             now = monotonic_ns()
-            if worked:
-                pause = now + _PAUSE_NS
+            streaming = now - flushed < _LONGEST_WAIT_NS
+            moved = drain(self._pause if streaming else 0)
+            if moved and moved < _LIGHT and streaming:
+                waiting = moved
+                continue
+            if moved or waiting:
+                waiting = 0
+                flush()
+                flushed = monotonic_ns()
+                if flushed - dispatched > _DISPATCH_NS:
+                    dispatched = flushed
+                    self._dispatch(0)
+            elif flush():
+                self._dispatch(0)
+            elif not self._look(look) and not arm():
+                self._sleep()
 
-    def _look(self, drain: Callable[[], bool]) -> bool:
+    def _look(self, look: Callable[[int], bool]) -> bool:
         if not self._window:
             return False
-        limit = monotonic_ns() + self._window
-        while monotonic_ns() < limit:
-            if drain():
-                self._window = min(2 * self._window, self._most_window)
-                return True
-        return False
+        if not look(monotonic_ns() + self._window):
+            return False
+        self._window = min(2 * self._window, self._most_window)
+        return True
 
     def _sleep(self) -> None:
         before = monotonic_ns()
         self._dispatch(self._timeout_ms(before))
-        slept = monotonic_ns() - before
-        if slept <= self._most_window:
-            self._window = min(2 * self._window or _FIRST_WINDOW_NS, self._most_window)
-        else:
+        now = monotonic_ns()
+        if now - before > self._most_window:
             self._window = self._window // 2 if self._window > _FIRST_WINDOW_NS else 0
+        else:
+            self._window = min(2 * self._window or _FIRST_WINDOW_NS, self._most_window)
+        if self._crowd.here(now):
+            self._window = self._pause = 0
+        else:
+            self._pause = min(_PAUSE_NS, self._most_window)
 
     def _timeout_ms(self, now: int) -> float | None:
         if self._stopped or any(self._files.values()):
@@ -206,6 +258,7 @@ class Poller:
             signal.set_wakeup_fd(-1)
         self._wakeup.close()
         self._signalled.close()
+        self._crowd.close()
         self._epoll.close()
 
 

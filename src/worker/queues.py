@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from .. import config
@@ -22,6 +23,7 @@ from .vhost_user import session as fx
 from .vhost_user.backend_channel import BackendChannel
 from .vhost_user.message import ProtocolFeature
 from .virtqueue import inflight
+from .virtqueue.chain import look
 from .virtqueue.inflight import Inflight, PackedState, SplitState
 from .virtqueue.log import DirtyLog
 from .virtqueue.memory import GuestMemory, Region, map_region
@@ -43,12 +45,12 @@ class Work(NamedTuple):
     """What serving one virtqueue means, now.
 
     `wanted` is a cheap look at whether there may be work, `serve` does up to `BUDGET` buffers of it
-    and returns how many it moved, `starving` says whether another buffer of the guest's would be
-    of use.
+    and returns how many, for so many nanoseconds it may look for more; `starving` says whether
+    another buffer of the guest's would be of use.
     """
 
     wanted: Callable[[], bool]
-    serve: Callable[[], int]
+    serve: Callable[[int], int]
     starving: Callable[[], bool]
 
 
@@ -57,7 +59,7 @@ def _never() -> bool:
     return False
 
 
-def _nothing() -> int:
+def _nothing(_: int) -> int:
     return 0
 
 
@@ -190,30 +192,45 @@ class Queues:
 
     # The loop's work
 
-    def drain(self) -> bool:
+    def drain(self, linger_ns: int = 0) -> bool:
         """Serve every queue once; return whether anything moved.
 
-        Raises FrontendError when the frontend has taken away what it gave.
+        For `linger_ns` more may be looked for. Raises FrontendError when the frontend has taken
+        away what it gave.
         """
         if self._fault is not None:
             raise self._fault
         worked = False
         for queue in self._running:
-            if not queue.work.wanted():
-                continue
-            try:
-                count = queue.work.serve()
-            except GuestError as error:
-                self._break(queue, error)
-                return True
-            if count:
-                worked = True
-                self._counters.chains += count
-                self._publish(queue)
-        if worked and self._dirty is not None and self._dirty.marked:
+            if queue.work.wanted():
+                worked |= self._serve(queue, partial(queue.work.serve, linger_ns))
+                if queue.broken:
+                    return True
+        return worked
+
+    def _serve(self, queue: _Queue, serve: Callable[[], int]) -> bool:
+        """Let `serve` move buffers, and tell the guest; return whether it moved any."""
+        try:
+            count = serve()
+        except GuestError as error:
+            self._break(queue, error)
+            return True
+        if not count:
+            return False
+        self._counters.chains += count
+        self._publish(queue)
+        if self._dirty is not None and self._dirty.marked:
             self._dirty.marked = False
             _notify(self._dirty_event)
-        return worked
+        return True
+
+    def serve(self, index: int, serve: Callable[[], int]) -> bool:
+        """Serve a running queue out of turn; return whether anything moved."""
+        try:
+            return self._serve(self._queues[index], serve)
+        except FrontendError as error:
+            self._fault = error  # the next `drain` tells
+            return True
 
     def drain_all(self) -> None:
         """Move what is there now; a guest that goes on writing has had its ring's worth."""
@@ -223,6 +240,11 @@ class Queues:
                     return
         except FrontendError as error:
             self._fault = error  # the next `drain` tells
+
+    def look(self, until_ns: int) -> bool:
+        """Look until then for a buffer that would be of use; return whether there is one."""
+        rings = [q.ring for q in self._running if q.ring is not None and q.work.starving()]
+        return look(rings, until_ns)
 
     def arm(self) -> bool:
         """Ask for kicks where buffers would be of use; return whether there is one already."""
@@ -631,7 +653,7 @@ class Queues:
         """Serve a disabled queue that was kicked, without effect."""
         work = self._carrier.work(queue.index, ring, False)
         try:
-            while work.wanted() and work.serve():
+            while work.wanted() and work.serve(0):
                 self._publish(queue)
             if work is not IDLE:
                 ring.want_kicks()

@@ -335,11 +335,10 @@ class Rings(Machine):
         while self.popped < before + count and self.pop():
             pass
         if back and self.popped > before:
-            self.queue.unpop()
             self.popped -= 1
+            self.queue.unpop(self.taken.pop(self.popped).head)
             if self.popped >= again:
                 self.fetched = self.popped
-            del self.taken[self.popped]
         for at in range(self.pushed, max(self.pushed, self.popped - keep)):
             self.push(at, share)
         if then == "publish":

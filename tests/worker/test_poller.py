@@ -8,6 +8,8 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from vhost_device_console.worker import poller as module
@@ -31,14 +33,15 @@ def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
         yield one, other
 
 
-def no() -> bool:
+def no(*_: int) -> bool:
     return False
 
 
 def run(
     poller: Poller,
-    drain: Callable[[], bool] = no,
+    drain: Callable[[int], int] = no,
     flush: Callable[[], bool] = no,
+    look: Callable[[int], bool] = no,
     arm: Callable[[], bool] = no,
 ) -> None:
     """Run until something stops the loop; fail if nothing does."""
@@ -48,7 +51,7 @@ def run(
 
     guard = poller.timer(never_stopped)
     guard.start(GUARD_S)
-    poller.run(drain, flush, arm)
+    poller.run(drain, flush, look, arm)
     guard.stop()
 
 
@@ -296,7 +299,7 @@ def test_timers_and_descriptors_have_their_turn_while_there_is_work(
     poller.watch(one.fileno(), lambda _: happened("descriptor"))
     poller.timer(lambda: happened("timer")).start(0)
     other.send(b"x")
-    run(poller, drain=lambda: True)
+    run(poller, drain=lambda _: 1)
     assert not left
 
 
@@ -359,7 +362,7 @@ def test_a_flood_of_signals_is_one(poller: Poller) -> None:
 
 def test_a_stopped_loop_does_not_run(poller: Poller) -> None:
     poller.stop()
-    run(poller, drain=lambda: pytest.fail("it ran"))
+    run(poller, drain=lambda _: pytest.fail("it ran"))
 
 
 def test_work_is_passed_on_before_descriptors_are_looked_at(
@@ -368,7 +371,7 @@ def test_work_is_passed_on_before_descriptors_are_looked_at(
     one, other = pair
     order: list[str] = []
 
-    def drain() -> bool:
+    def drain(_: int) -> int:
         order.append("drain")
         return len(order) == 1
 
@@ -392,13 +395,13 @@ def test_work_that_does_not_end_is_passed_on_all_the_same(poller: Poller) -> Non
         poller.stop()
         return True
 
-    run(poller, drain=lambda: True, flush=flush)
+    run(poller, drain=lambda _: 1, flush=flush)
 
 
 def test_what_came_while_arming_is_worked_on_before_sleep(poller: Poller) -> None:
     order: list[str] = []
 
-    def drain() -> bool:
+    def drain(_: int) -> int:
         order.append("drain")
         return False
 
@@ -415,7 +418,7 @@ def test_what_came_while_arming_is_worked_on_before_sleep(poller: Poller) -> Non
 def test_an_idle_loop_does_nothing(poller: Poller) -> None:
     looks = 0
 
-    def drain() -> bool:
+    def drain(_: int) -> int:
         nonlocal looks
         looks += 1
         return False
@@ -447,63 +450,164 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def looks_a_round(clock: Clock, window_us: int, sleeps_us: int, rounds: int) -> list[int]:
-    """Return how often the rings were looked at before each of so many sleeps."""
+    """Return for how many nanoseconds the rings were looked at before each of so many sleeps."""
     poller = Poller(window_us)
     read, write = os.pipe()
-    counts = [0]
+    looks = [0]
 
-    def drain() -> bool:
-        counts[-1] += 1
+    def look(until: int) -> bool:
+        looks[-1] += until - clock.now
+        clock.now = until
         return False
 
     def woken(_: int) -> None:
         clock.now += sleeps_us * 1000
-        if len(counts) == rounds:
+        if len(looks) == rounds:
             poller.stop()
-        counts.append(0)
+        looks.append(0)
 
     poller.watch(read, woken)
     os.write(write, b"x")
-    poller.run(drain, no, no)
+    poller.run(no, no, look, no)
     poller.close()
     os.close(read)
     os.close(write)
-    return counts[:-1]
+    return looks[:-1]
 
 
 def test_the_window_shrinks_to_nothing_when_looking_does_not_pay(clock: Clock) -> None:
-    counts = looks_a_round(clock, 50, 1_000_000, 8)
-    assert counts[0] > 1
-    assert counts[-1] == 1
+    looks = looks_a_round(clock, 50, 1_000_000, 8)
+    assert looks[0] > 0
+    assert looks[-1] == 0
 
 
 def test_the_window_grows_when_work_comes_soon_after_it(clock: Clock) -> None:
-    counts = looks_a_round(clock, 50, 5, 8)
-    assert counts[0] < counts[1] < counts[-1]
-    assert 40 < counts[-1] <= 51
+    looks = looks_a_round(clock, 50, 5, 8)
+    assert looks[0] < looks[1] < looks[-1] == 50_000
 
 
 def test_no_window_is_no_look(clock: Clock) -> None:
-    assert looks_a_round(clock, 0, 5, 4) == [1] * 4
+    assert looks_a_round(clock, 0, 5, 4) == [0] * 4
 
 
-def test_work_within_the_window_is_found_without_sleep(clock: Clock) -> None:
+def test_work_within_the_window_is_found_without_sleep() -> None:
+    poller = Poller(50)
+    found = False
+
+    def drain(_: int) -> int:
+        if found:
+            poller.stop()
+        return found
+
+    def look(_: int) -> bool:
+        nonlocal found
+        found = True
+        return True
+
+    poller.run(drain, no, look, lambda: pytest.fail("it went to sleep"))
+    poller.close()
+
+
+def test_where_an_answer_is_likely_the_whole_window_is_looked_through(clock: Clock) -> None:
     poller = Poller(50)
     looks: list[int] = []
 
-    def drain() -> bool:
-        looks.append(clock.now)
-        if len(looks) == 4:
+    def look(until: int) -> bool:
+        looks.append(until - clock.now)
+        poller.stop()
+        return True
+
+    poller.expect()
+    poller.run(no, no, look, no)
+    poller.close()
+    assert looks == [50_000]
+
+
+# Passing on
+
+
+def flushes(clock: Clock, sizes: list[int], every_us: int) -> list[int]:
+    """Return when, in us, output was passed on, of which `sizes` bytes come every so often."""
+    poller = Poller(50)
+    times: list[int] = []
+    left = iter(sizes)
+    waiting = 0
+
+    def drain(linger_ns: int) -> int:
+        nonlocal waiting
+        if (size := next(left, None)) is None:
             poller.stop()
-            return True
+            return 0
+        if not size:
+            clock.now += linger_ns
+            return 0
+        clock.now += every_us * 1000
+        waiting += size
+        return waiting
+
+    def flush() -> bool:
+        nonlocal waiting
+        if waiting:
+            times.append(clock.now // 1000)
+        waiting = 0
         return False
 
-    def arm() -> bool:
-        pytest.fail("it went to sleep")
-
-    poller.run(drain, no, arm)
+    clock.now = 1_000_000_000
+    poller.run(drain, flush, no, lambda: True)
     poller.close()
-    assert len(looks) >= 4
+    return [time - 1_000_000 for time in times]
+
+
+def test_output_after_a_pause_is_passed_on_at_once(clock: Clock) -> None:
+    assert flushes(clock, [16], 0) == [1]
+
+
+def test_small_output_in_quick_succession_is_passed_on_together(clock: Clock) -> None:
+    times = flushes(clock, [16] * 100, 5)
+    assert len(times) == 4  # the last one at the end
+    assert all(200 <= b - a <= 220 for a, b in pairwise(times[:-1]))
+
+
+def test_a_pause_passes_small_output_on(clock: Clock) -> None:
+    times = flushes(clock, [16, 16, 16, 0], 5)
+    assert len(times) == 2
+    assert times[1] - times[0] < 50
+
+
+def test_much_output_is_passed_on_at_once(clock: Clock) -> None:
+    assert len(flushes(clock, [16, 8192, 8192, 8192], 5)) == 4
+
+
+# Crowds
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], None]:
+    """Give a function that says how long the thread has waited for a CPU so far, in ns."""
+    file = tmp_path / "schedstat"
+    monkeypatch.setattr(module, "_SCHEDSTAT", str(file))
+
+    def waited(nanoseconds: int) -> None:
+        file.write_text(f"1000 {nanoseconds} 3\n")
+
+    waited(0)
+    return waited
+
+
+def test_nobody_looks_while_there_is_more_to_do_than_cpus(
+    clock: Clock, waits: Callable[[int], None]
+) -> None:
+    waits(1_000_000_000)
+    looks = looks_a_round(clock, 50, 21_000, 3)
+    assert looks[0] > 0
+    assert looks[1:] == [0, 0]
+
+
+def test_without_a_count_of_waiting_the_window_goes_on(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_SCHEDSTAT", "/nowhere")
+    assert looks_a_round(clock, 50, 5, 4)[-1] == 50_000
 
 
 # Notifications

@@ -55,7 +55,7 @@ class Echoes:
         self.calls.append(f"stopped {index}")
 
     def work(self, _: int, ring: Ring, enabled: bool) -> Work:
-        def take() -> int:
+        def take(_: int) -> int:
             count = 0
             while (chain := ring.pop()) is not None:
                 ring.push(chain.head, 0)
@@ -171,16 +171,18 @@ def test_a_log_that_was_cut_off_is_told_by_the_next_drain(scene: Scene, how: str
             assert scene.queues.arm()
         else:
             os.eventfd_write(scene.kick, 1)
-            scene.poller.run(stop_after(scene.poller), lambda: False, lambda: False)
+            scene.poller.run(
+                stop_after(scene.poller), lambda: False, lambda _: False, lambda: False
+            )
         with pytest.raises(FrontendError, match="dirty log"):
             scene.queues.drain()
 
 
-def stop_after(poller: Poller) -> Callable[[], bool]:
+def stop_after(poller: Poller) -> Callable[[int], int]:
     """Return a drain with which the loop looks at its descriptors once, then ends."""
     rounds = iter((True, False))
 
-    def drain() -> bool:
+    def drain(_: int) -> int:
         more = next(rounds, None)
         if more is None:
             poller.stop()
@@ -349,7 +351,7 @@ def look_often(poller: Poller) -> None:
             poller.stop()
         return True
 
-    poller.run(lambda: False, flush, lambda: False)
+    poller.run(lambda _: 0, flush, lambda _: False, lambda: False)
 
 
 @READY_FOR_EVER
@@ -446,7 +448,7 @@ def test_a_full_channel_is_written_when_there_is_room_again(scene: Scene) -> Non
         ours.setblocking(False)
         heard = b""
 
-        def listen() -> bool:
+        def listen(_: int) -> int:
             nonlocal heard
             try:
                 heard += ours.recv(100)
@@ -457,5 +459,5 @@ def test_a_full_channel_is_written_when_there_is_room_again(scene: Scene) -> Non
 
         guard = scene.poller.timer(scene.poller.stop)
         guard.start(20)
-        scene.poller.run(listen, lambda: False, lambda: False)
+        scene.poller.run(listen, lambda: False, lambda _: False, lambda: False)
         assert heard == bytes.fromhex("02000000 01000000 00000000")

@@ -43,14 +43,14 @@ class Scene:
         def never() -> None:
             raise AssertionError("it never happened")
 
-        def look() -> bool:
+        def look(_: int) -> int:
             if done():
                 self.poller.stop()
             return False
 
         guard = self.poller.timer(never)
         guard.start(GUARD_S)
-        self.poller.run(look, lambda: False, lambda: False)
+        self.poller.run(look, lambda: False, lambda _: False, lambda: False)
         guard.stop()
 
 

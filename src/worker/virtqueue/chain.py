@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
+from time import monotonic_ns
+from typing import Protocol
 
 from ...errors import GuestError, RefusedError
+from ...journal import Output
+from . import fence
 from .features import EVENT_IDX, INDIRECT_DESC
 from .log import DirtyLog
 from .memory import GuestMemory
@@ -19,6 +22,18 @@ DESC_SIZE = 16
 
 #: Linux and QEMU allow indirect tables longer than the ring itself, up to this many entries.
 _LONGEST_INDIRECT = 1024
+
+# A guest that spins until its buffer is back has it in less, and needs no call for it any more.
+_CALL_NS = 1_000
+
+#: Looks at the ring between two at the clock.
+_LOOKS = 8
+
+#: With more bytes than this to pass on, looking for more would keep them waiting.
+_LIGHT = 4096
+
+
+_NOWHERE = memoryview(bytearray())
 
 
 class Chain:
@@ -35,12 +50,21 @@ class Chain:
         self.spans = spans
 
 
-class ChainReader(ABC):
+class Watched(Protocol):
+    """A ring that can be looked at."""
+
+    def ready(self) -> bool:
+        """Say whether there is something for `pop` to look at."""
+
+
+class ChainReader:
     """What both ring formats have in common: which chains are allowed, which bytes were written.
 
     A ring's `pop` builds the commonest chain itself, one direct descriptor of the right direction
     with 1 to `_inline` bytes; for all others it gathers the pieces and calls `_chain`. While a
     dirty log is set, `_inline` leaves nothing to the short way, so that every piece is noted here.
+
+    What a format has to say itself is at the end.
     """
 
     def __init__(
@@ -55,6 +79,111 @@ class ChainReader(ABC):
         self._log: DirtyLog | None = None
         self._log_used: int | None = None
         self._noted: deque[list[tuple[int, int]]] = deque()  # of each chain popped and not pushed
+        self.held = 0
+        self._in_batches = True
+        self._unasked = 0  # exposed since the guest was last asked whether it wants a call
+        # The region where the buffers were so far.
+        self._start = self._room = 0
+        self._view = self._bytes = _NOWHERE
+
+    def take(self, output: Output, most: int, limit: int, linger_ns: int) -> int:
+        """Move up to `most` buffers into `output`, each completed and seen by the guest at once.
+
+        Stops before a buffer that would bring the output's head past `limit`, and leaves its size
+        in `held`, 0 otherwise. When there are no more it looks for `linger_ns` longer, unless the
+        guest wants a call, which is the caller's to make: `publish` tells.
+
+        Returns how many were moved. Raises GuestError as `pop` does; those before count.
+        """
+        taken = 0
+        began = output.head
+        while True:
+            try:
+                moved = self._move(output, most - taken, limit)
+            finally:
+                output.commit()
+                self._expose()
+            taken += moved
+            if not moved or self.held or taken >= most:
+                return taken
+            if output.head - began > _LIGHT:
+                linger_ns = min(linger_ns, _CALL_NS)
+            if not self._linger(linger_ns):
+                return taken
+
+    def _linger(self, linger_ns: int) -> bool:
+        """Look for another buffer for so long, or until the guest wants a call."""
+        if not linger_ns:
+            return False
+        now = monotonic_ns()
+        last = now + linger_ns
+        until = min(last, now + _CALL_NS)
+        while True:
+            for _ in range(_LOOKS):
+                if self.ready():
+                    return True
+            if monotonic_ns() >= until:
+                if until == last or self._call_wanted():
+                    return False
+                until = last
+
+    def _move(self, output: Output, most: int, limit: int) -> int:
+        """Append up to `most` buffers and push them; see `take`."""
+        self.held = 0
+        moved = 0
+        while True:
+            if self._in_batches:
+                moved += self._move_direct(output, most - moved, limit)
+            if moved >= most or self.held or not self.ready():
+                return moved
+            if not self._move_next(output, limit):
+                return moved
+            moved += 1
+
+    def _move_next(self, output: Output, limit: int) -> bool:
+        """Do the same for one buffer of any kind; return whether there was one and it fits."""
+        chain = self.pop()
+        if chain is None:
+            return False
+        if chain.size > output.size:  # the ring may have been made for another port
+            raise GuestError(f"a chain of more than {output.size} bytes")
+        if output.head + chain.size > limit:
+            self.unpop(chain.head)
+            self.held = chain.size
+            return False
+        for span in chain.spans:
+            output.append(span)
+        self.push(chain.head, 0)
+        return True
+
+    def _spans(self, addr: int, size: int) -> list[memoryview]:
+        """Return a direct buffer's bytes, and remember their region."""
+        at = addr - self._start
+        if at < 0 or at > self._room - size:
+            region = self._memory.region(addr)
+            at = addr - region.guest
+            if at + size > len(region.view):
+                return self._memory.spans(addr, size)
+            self._start, self._room = region.guest, len(region.view)
+            self._view = self._bytes = region.view
+        return [self._view[at : at + size]]
+
+    def publish(self) -> bool:
+        """Let the guest see what was pushed; return whether it wants a call (2.7.7.2, 2.8.10)."""
+        self._expose()
+        wanted = self._call_wanted()
+        self._unasked = 0
+        return wanted
+
+    def _call_wanted(self) -> bool:
+        """Say whether the guest wants a call for what it was not asked about yet."""
+        if not self._unasked:
+            return False
+        fence.full()  # 2.7.14, 2.8.22: what is used before a look at what suppresses calls
+        wanted = self._asks_for_call()
+        if not wanted:
+            self._unasked = 0
+        return wanted
 
     def _chain(self, head: int, pieces: Sequence[tuple[int, int, int]]) -> Chain:
         """Return the chain of these (address, size, flags). Raises GuestError if it may not be."""
@@ -98,10 +227,6 @@ class ChainReader(ABC):
         self._inline = self._most_bytes if log is None or not self._direction else 0
         self._noted.clear()
 
-    @abstractmethod
-    def _own_words(self, used_addr: int) -> list[tuple[int, int]]:
-        """Return (guest address, size) of the areas that this side of the ring writes to."""
-
     def _mark_written(self, written: int) -> None:
         """Mark the first `written` bytes of the oldest chain popped."""
         if self._log is not None and self._noted:
@@ -112,3 +237,49 @@ class ChainReader(ABC):
     def _mark_own(self, addr: int, size: int) -> None:
         if self._log is not None:
             self._log.mark(addr, size)
+
+    # Each format's own
+
+    def ready(self) -> bool:
+        """See `ring.Ring`, for the next ones too."""
+        raise NotImplementedError
+
+    def pop(self) -> Chain | None:
+        """Return the next buffer."""
+        raise NotImplementedError
+
+    def unpop(self, head: int) -> None:
+        """Put a buffer back."""
+        raise NotImplementedError
+
+    def push(self, head: int, written: int) -> None:
+        """Complete a buffer."""
+        raise NotImplementedError
+
+    def _move_direct(self, output: Output, most: int, limit: int) -> int:
+        """Do as `_move` until there is no buffer or one that is not a single direct descriptor."""
+        raise NotImplementedError
+
+    def _expose(self) -> None:
+        """Let the guest see what was pushed, and count it as `_unasked`."""
+        raise NotImplementedError
+
+    def _asks_for_call(self) -> bool:
+        """Say whether the guest wants a call for the `_unasked` last ones it can see."""
+        raise NotImplementedError
+
+    def _own_words(self, used_addr: int) -> list[tuple[int, int]]:
+        """Return (guest address, size) of the areas that this side of the ring writes to."""
+        raise NotImplementedError
+
+
+def look(rings: Sequence[Watched], until_ns: int) -> bool:
+    """Look until then, on the monotonic clock, whether one is `ready`; return whether one is."""
+    while rings:
+        for _ in range(_LOOKS):
+            for ring in rings:
+                if ring.ready():
+                    return True
+        if monotonic_ns() >= until_ns:
+            break
+    return False

@@ -14,7 +14,7 @@ _release = _lock.release
 _acquire = _lock.acquire
 
 
-def fence() -> None:
+def full() -> None:
     """Let no load after this call be made before the stores ahead of it are visible.
 
     Releasing and taking a lock that nobody else wants is two atomic read-modify-write operations

@@ -79,7 +79,6 @@ class GuestMemory:
             raise RefusedError("memory regions overlap")
         self._regions = by_guest
         self._starts = [region.guest for region in by_guest]
-        self._recent = by_guest[0]
 
     @property
     def end(self) -> int:
@@ -96,16 +95,12 @@ class GuestMemory:
         region = self._user(user_addr, 1)
         return user_addr - region.user + region.guest
 
-    def guest(self, addr: int, size: int) -> memoryview:
-        """Return `size` bytes at a guest address. Raises GuestError outside one region."""
-        start, end, _, _, view = self._recent
-        if start <= addr and addr + size <= end:
-            return view[addr - start : addr - start + size]
-        region = self._find(addr)
-        if addr + size > region.guest_end:
-            raise GuestError(f"{size} bytes at guest address {addr:#x} cross a region's end")
-        self._recent = region
-        return region.view[addr - region.guest : addr - region.guest + size]
+    def region(self, addr: int) -> Region:
+        """Return the region with a guest address. Raises GuestError when there is none."""
+        at = bisect_right(self._starts, addr) - 1
+        if at >= 0 and addr < self._regions[at].guest_end:
+            return self._regions[at]
+        raise GuestError(f"guest address {addr:#x} is in no memory region")
 
     def spans(self, addr: int, size: int) -> list[memoryview]:
         """Return `size` bytes at a guest address, in pieces where they cross adjacent regions.
@@ -114,18 +109,12 @@ class GuestMemory:
         """
         pieces = []
         while size:
-            region = self._find(addr)
+            region = self.region(addr)
             count = min(size, region.guest_end - addr)
             pieces.append(region.view[addr - region.guest : addr - region.guest + count])
             addr += count
             size -= count
         return pieces
-
-    def _find(self, addr: int) -> Region:
-        at = bisect_right(self._starts, addr) - 1
-        if at >= 0 and addr < self._regions[at].guest_end:
-            return self._regions[at]
-        raise GuestError(f"guest address {addr:#x} is in no memory region")
 
     def _user(self, addr: int, size: int) -> Region:
         for region in self._regions:

@@ -10,9 +10,13 @@ id are read at once and a used descriptor appears at once.
 
 from __future__ import annotations
 
+from array import array
+
 from ...errors import GuestError, RefusedError
+from ...journal import Output
+from . import fence
 from .chain import DESC_SIZE, INDIRECT, NEXT, WRITE, Chain, ChainReader
-from .fence import WEAKLY_ORDERED, fence
+from .fence import WEAKLY_ORDERED
 from .memory import GuestMemory
 
 _AVAIL = 1 << 7
@@ -63,12 +67,13 @@ class PackedQueue(ChainReader):
                 f"a ring is misaligned: descriptors {desc:#x}, events {avail:#x} and {used:#x}"
             )
         super().__init__(memory, size, features=features, writable=writable, most_bytes=most_bytes)
-        self._desc = memory.user(desc, DESC_SIZE * size).cast("Q")
+        words = memory.user(desc, DESC_SIZE * size).cast("Q")
+        self._desc = words
         self._desc_addr = memory.guest_addr(desc)
         self._driver_event = memory.user(avail, 4).cast("I")
         self._device_event = memory.user(used, 4).cast("I")
         start = base >> 16
-        if start == 0 and not any(word >> 48 & _USED for word in self._desc[1::2]):
+        if start == 0 and not any(word >> 48 & _USED for word in words[1::2]):
             # After a lap some entry has USED set, the first one of a chain that was used on it. So
             # this ring is fresh, and somebody knows of no wrap counters (Linux says 0 of any fresh
             # ring in User Mode Linux).
@@ -81,10 +86,11 @@ class PackedQueue(ChainReader):
         """Go on at these places, each an entry and in bit 15 its wrap counter."""
         self._next = next_ & _ENTRY  # the entry to pop next
         self._lap = _AVAIL if next_ & _WRAP else _USED  # an available entry's flags there
-        self._popped = 0  # how many descriptors the last chain popped has
         self._used = used & _ENTRY  # the entry to use next
         self._used_lap = _LAP if used & _WRAP else 0  # a used entry's flags there
-        self._pushed: list[tuple[int, int]] = []  # `push`es that are not published
+        self._pushed = 0  # `push`es that are not published: `head` and `written` of each
+        self._heads = memoryview(array("I", bytes(4 * self.size)))
+        self._lengths = memoryview(array("I", bytes(4 * self.size)))
 
     @property
     def index(self) -> int:
@@ -120,7 +126,7 @@ class PackedQueue(ChainReader):
         if flags & _LAP != self._lap:
             return None
         if WEAKLY_ORDERED:  # 2.8.21.1: the rest may be read only after the flags
-            fence()
+            fence.full()
             word = self._desc[2 * at + 1] & ~(_INDEX << 48) | flags << 48
         addr = self._desc[2 * at]
         size = word & _LOW32
@@ -128,13 +134,8 @@ class PackedQueue(ChainReader):
             chain = self._walk(self._gather(addr, word))
             count = chain.head >> 16
         else:
-            try:
-                spans = [self._memory.guest(addr, size)]
-            except GuestError:
-                spans = self._memory.spans(addr, size)
-            chain = Chain(word >> 32 & _INDEX | 1 << 16, size, spans)
+            chain = Chain(word >> 32 & _INDEX | 1 << 16, size, self._spans(addr, size))
             count = 1
-        self._popped = count
         at += count
         if at >= self.size:
             at -= self.size
@@ -171,32 +172,68 @@ class PackedQueue(ChainReader):
             raise GuestError("an indirect descriptor where none can be")
         return self._chain(head, [(addr, word & _LOW32, word >> 48) for addr, word in entries])
 
-    def unpop(self) -> None:
-        """Put the chain popped last back; nothing may have been pushed since."""
-        self._next -= self._popped
+    def _move_direct(self, output: Output, most: int, limit: int) -> int:
+        """See `ChainReader._move_direct`."""
+        desc, heads, lengths, size = self._desc, self._heads, self._lengths, self.size
+        source, start, room = self._bytes, self._start, self._room
+        largest = min(self._inline, output.size)
+        next_, lap, pushed = self._next, self._lap, self._pushed
+        most = min(most, size - pushed)
+        moved = 0
+        while moved < most:
+            word = desc[2 * next_ + 1]
+            flags = word >> 48
+            if flags & _LAP != lap or flags & _FLAGS:
+                break
+            if WEAKLY_ORDERED:  # as in `pop`
+                fence.full()
+                word = desc[2 * next_ + 1]
+            count = word & _LOW32
+            at = desc[2 * next_] - start
+            if not 0 < count <= largest or at < 0 or at > room - count:
+                break
+            if output.head + count > limit:
+                self.held = count
+                break
+            output.append_from(source, at, count)
+            heads[pushed] = word >> 32 & _INDEX | 1 << 16
+            lengths[pushed] = 0
+            pushed += 1
+            next_ += 1
+            if next_ == size:
+                next_ = 0
+                lap ^= _LAP
+            moved += 1
+        self._next, self._lap, self._pushed = next_, lap, pushed
+        return moved
+
+    def unpop(self, head: int) -> None:
+        """Put the chain popped last, `head`, back; again and again, until the one pushed last."""
+        self._next -= head >> 16
         if self._next < 0:
             self._next += self.size
             self._lap ^= _LAP
-        self._popped = 0
         if self._noted:
             self._noted.pop()
 
     def push(self, head: int, written: int) -> None:
         """Complete the oldest popped chain, `head`, with `written` bytes; not visible yet."""
-        self._pushed.append((head, written))
+        self._heads[self._pushed] = head
+        self._lengths[self._pushed] = written
+        self._pushed += 1
         if self._log is not None:
             self._mark_written(written)
 
-    def publish(self) -> bool:
-        """Let the guest see what was pushed; return whether it wants a call (2.8.10)."""
+    def _expose(self) -> None:
         if not self._pushed:
-            return False
+            return
         desc, size, at, lap = self._desc, self.size, self._used, self._used_lap
         first = 0
         skipped = 0
-        for head, written in self._pushed:
+        for index in range(self._pushed):
+            head, written = self._heads[index], self._lengths[index]
             word = written | (head & _INDEX) << 32 | (lap | WRITE if written else lap) << 48
-            if skipped:
+            if index:
                 desc[2 * at + 1] = word
             else:
                 first = word
@@ -207,23 +244,23 @@ class PackedQueue(ChainReader):
                 at -= size
                 lap ^= _LAP
         if WEAKLY_ORDERED:  # 2.8.12: the guest looks at the others once it saw the first
-            fence()
+            fence.full()
         desc[2 * self._used + 1] = first
         if self._log_used is not None:
             self._mark_used()
-        self._pushed.clear()
+        self._pushed = 0
         self._used, self._used_lap = at, lap
-        fence()  # 2.8.22: the flags before a look at what suppresses calls
+        self._unasked += skipped
+
+    def _asks_for_call(self) -> bool:
         event = self._driver_event[0]
         mode = event >> 16 & 3
-        if mode == _EVENT_DISABLE:
-            return False
         if mode != _EVENT_DESC or not self._event_idx:
-            return True
+            return mode != _EVENT_DISABLE
         wanted = event & _ENTRY
-        if event & _WRAP != lap & _WRAP:
-            wanted -= size
-        return (at - wanted - 1) & _INDEX < skipped
+        if event & _WRAP != self._used_lap & _WRAP:
+            wanted -= self.size
+        return (self._used - wanted - 1) & _INDEX < self._unasked
 
     def want_kicks(self) -> bool:
         """Ask the guest to kick at its next buffer; return whether there already is one."""
@@ -234,7 +271,7 @@ class PackedQueue(ChainReader):
             self._device_event[0] = _EVENT_ENABLE << 16
         if self._log_used is not None:
             self._mark_own(self._log_used, 4)
-        fence()  # 2.8.10: the wish before the last look
+        fence.full()  # 2.8.10: the wish before the last look
         return self.ready()
 
     def refuse_kicks(self) -> None:
@@ -246,7 +283,7 @@ class PackedQueue(ChainReader):
     def _mark_used(self) -> None:
         """Mark the descriptors about to be used; SET_VRING_ADDR gives no log address for these."""
         at = self._used
-        for head, _ in self._pushed:
+        for head in self._heads[: self._pushed]:
             self._mark_own(self._desc_addr + DESC_SIZE * at, DESC_SIZE)
             at = (at + (head >> 16)) % self.size
 

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from ... import config
 from ...errors import RefusedError
+from ...journal import Output
 from .chain import Chain
 from .features import EVENT_IDX, IN_ORDER, INDIRECT_DESC, RING_PACKED, RING_RESET
 from .inflight import PackedState, SplitState
@@ -35,6 +36,19 @@ class Ring(Protocol):
     def fresh(self) -> bool:
         """Whether the ring is where a new one begins: a driver has just set it up."""
 
+    @property
+    def held(self) -> int:
+        """The size of the buffer that `take` left for want of room, 0 for none."""
+
+    def take(self, output: Output, most: int, limit: int, linger_ns: int) -> int:
+        """Move up to `most` buffers into `output`, each completed and seen by the guest at once.
+
+        Stops before a buffer that would bring the output's head past `limit`. When there are no
+        more it looks for `linger_ns` longer, unless the guest wants a call: `publish` tells.
+
+        Returns how many were moved. Raises GuestError as `pop` does; those before count.
+        """
+
     def ready(self) -> bool:
         """Say whether `pop` has something to look at."""
 
@@ -45,8 +59,8 @@ class Ring(Protocol):
         queue can then only be stopped.
         """
 
-    def unpop(self) -> None:
-        """Put the chain popped last back; nothing may have been pushed since."""
+    def unpop(self, head: int) -> None:
+        """Put the chain popped last, `head`, back; again and again, until the one pushed last."""
 
     def push(self, head: int, written: int) -> None:
         """Complete the oldest popped chain, `head`, with `written` bytes; not visible yet."""

@@ -9,8 +9,10 @@ read once and only that copy is used; whatever this side writes is remembered he
 from __future__ import annotations
 
 from ...errors import GuestError, RefusedError
+from ...journal import Output
+from . import fence
 from .chain import DESC_SIZE, INDIRECT, NEXT, Chain, ChainReader
-from .fence import WEAKLY_ORDERED, fence
+from .fence import WEAKLY_ORDERED
 from .memory import GuestMemory
 
 _NO_INTERRUPT = 1
@@ -97,7 +99,7 @@ class SplitQueue(ChainReader):
                 return None
             self._known = known
             if WEAKLY_ORDERED:  # 2.7.13.3: the entry may be read only after the index
-                fence()
+                fence.full()
         head = self._avail[2 + position % self.size]
         if head >= self.size:
             raise GuestError(f"available entry {position} names descriptor {head} of {self.size}")
@@ -107,24 +109,21 @@ class SplitQueue(ChainReader):
         if word >> 32 & _FLAGS != self._direction or not 0 < size <= self._inline:
             chain = self._walk(head, addr, word)
         else:
-            try:
-                spans = [self._memory.guest(addr, size)]
-            except GuestError:
-                spans = self._memory.spans(addr, size)
-            chain = Chain(head, size, spans)
+            chain = Chain(head, size, self._spans(addr, size))
         self._next = (position + 1) & _INDEX
         return chain
 
     def _walk(self, head: int, addr: int, word: int) -> Chain:
         """Return the chain that begins with this copy of descriptor `head`."""
-        table, entries = self._desc, self.size
+        table, entries, direct = self._desc, self.size, True
         pieces: list[tuple[int, int, int]] = []
         most = entries
         while True:
             size, flags = word & _LOW32, word >> 32 & _INDEX
             if flags & INDIRECT:
                 # 2.7.5.3: WRITE is ignored here; the table cannot be chained on or nested.
-                table = self._table(addr, size, not flags & NEXT and table is self._desc)
+                table = self._table(addr, size, direct and not flags & NEXT)
+                direct = False
                 entries = len(table) // 2
                 most = len(pieces) + entries
                 index = 0
@@ -139,8 +138,43 @@ class SplitQueue(ChainReader):
                     raise GuestError("a descriptor chain has a loop")
             addr, word = table[2 * index], table[2 * index + 1]
 
-    def unpop(self) -> None:
-        """Put the chain popped last back; nothing may have been pushed since."""
+    def _move_direct(self, output: Output, most: int, limit: int) -> int:
+        """See `ChainReader._move_direct`."""
+        avail, desc, elements, size = self._avail, self._desc, self._elements, self.size
+        source, start, room = self._bytes, self._start, self._room
+        largest = min(self._inline, output.size)
+        position, known, pushed = self._next, self._known, self._pushed
+        moved = 0
+        while moved < most:
+            if position == known:
+                known = avail[1]
+                if (known - position) & _INDEX > size:
+                    known = position  # `pop` says what is wrong
+                if known == position:
+                    break
+                if WEAKLY_ORDERED:  # as in `pop`
+                    fence.full()
+            head = avail[2 + position % size]
+            if head >= size:
+                break
+            word = desc[2 * head + 1]
+            count = word & _LOW32
+            at = desc[2 * head] - start
+            if word >> 32 & _FLAGS or not 0 < count <= largest or at < 0 or at > room - count:
+                break
+            if output.head + count > limit:
+                self.held = count
+                break
+            output.append_from(source, at, count)
+            elements[pushed % size] = head
+            pushed = (pushed + 1) & _INDEX
+            position = (position + 1) & _INDEX
+            moved += 1
+        self._next, self._known, self._pushed = position, known, pushed
+        return moved
+
+    def unpop(self, head: int) -> None:  # noqa: ARG002
+        """Put the chain popped last, `head`, back; again and again, until the one pushed last."""
         self._next = (self._next - 1) & _INDEX
         if self._noted:
             self._noted.pop()
@@ -152,25 +186,26 @@ class SplitQueue(ChainReader):
         if self._log is not None:
             self._mark_written(written)
 
-    def publish(self) -> bool:
-        """Let the guest see what was pushed; return whether it wants a call (2.7.7.2)."""
+    def _expose(self) -> None:
         old, new = self._published, self._pushed
         if old == new:
-            return False
+            return
         if WEAKLY_ORDERED:  # 2.7.14: elements before the index that makes them visible
-            fence()
+            fence.full()
         self._used[1] = new
         self._published = new
+        self._unasked += (new - old) & _INDEX
         if self._log_used is not None:
             first = old % self.size
             until = first + (new - old & _INDEX)
             self._mark_own(self._log_used + 4 + 8 * first, 8 * (min(until, self.size) - first))
             self._mark_own(self._log_used + 4, 8 * (until - self.size))
             self._mark_own(self._log_used + 2, 2)
-        fence()  # 2.7.14: the index before a look at what suppresses calls
+
+    def _asks_for_call(self) -> bool:
         if self._event_idx:
             event = self._avail[self._used_event_at]
-            return (new - event - 1) & _INDEX < (new - old) & _INDEX
+            return (self._published - event - 1) & _INDEX < self._unasked
         return not self._avail[0] & _NO_INTERRUPT
 
     def want_kicks(self) -> bool:
@@ -181,7 +216,7 @@ class SplitQueue(ChainReader):
             self._used[0] = 0
         if self._log_used is not None:
             self._mark_own(self._log_used + (2 * self._avail_event_at if self._event_idx else 0), 2)
-        fence()  # 2.7.10.1: the wish before the last look
+        fence.full()  # 2.7.10.1: the wish before the last look
         return self._avail[1] != self._next
 
     def refuse_kicks(self) -> None:

@@ -23,12 +23,13 @@ class TrackedSplitQueue(SplitQueue):
     def __init__(self, *place: Any, state: SplitState, **options: Any) -> None:
         super().__init__(*place, **options)
         _check(self.size, state)
+        self._in_batches = False  # each one is kept in the area
         self._state = state
         waiting = (self._avail[1] - self._published) & _INDEX
         heads = state.recover(self._published, waiting, self.size)
         self._again = deque(heads)  # in flight in a predecessor, still to be popped
         self._next = self._known = (self._published + len(heads)) & _INDEX
-        self._last = (0, False)  # the head popped last, and whether it was one of those
+        self._taken: list[bool] = []  # of what was popped since the last push: was it one of those
         self._batch: list[int] = []
 
     @property
@@ -45,19 +46,19 @@ class TrackedSplitQueue(SplitQueue):
         if self._again:
             head = self._again[0]
             chain = self._walk(head, self._desc[2 * head], self._desc[2 * head + 1])
-            self._last = self._again.popleft(), True
+            self._taken.append(True)
+            del self._again[0]
             return chain
         found = super().pop()
         if found is not None:
             self._state.fetched(found.head)
-            self._last = found.head, False
+            self._taken.append(False)
         return found
 
-    def unpop(self) -> None:
-        """Put the chain popped last back; nothing may have been pushed since."""
-        head, again = self._last
-        super().unpop()
-        if again:
+    def unpop(self, head: int) -> None:
+        """Put the chain popped last, `head`, back; again and again, until the one pushed last."""
+        super().unpop(head)
+        if self._taken.pop():
             self._next = (self._next + 1) & _INDEX
             self._again.appendleft(head)
         else:
@@ -65,17 +66,16 @@ class TrackedSplitQueue(SplitQueue):
 
     def push(self, head: int, written: int) -> None:
         """Complete the oldest popped chain, `head`, with `written` bytes; not visible yet."""
+        self._taken.clear()
         self._state.completing(head)
         self._batch.append(head)
         super().push(head, written)
 
-    def publish(self) -> bool:
-        """Let the guest see what was pushed; return whether it wants a call."""
-        wanted = super().publish()
+    def _expose(self) -> None:
+        super()._expose()
         if self._batch:
             self._state.completed(self._batch, self._published)
             self._batch.clear()
-        return wanted
 
     def want_kicks(self) -> bool:
         """Ask the guest to kick at its next buffer; return whether there already is one."""
@@ -88,6 +88,7 @@ class TrackedPackedQueue(PackedQueue):
     def __init__(self, *place: Any, state: PackedState, **options: Any) -> None:
         super().__init__(*place, **options)
         _check(self.size, state)
+        self._in_batches = False  # each one is kept in the area
         self._state = state
         self._inline = 0  # every chain's descriptors are kept: `_walk` sees them all
         start = super().index & _INDEX
@@ -100,7 +101,8 @@ class TrackedPackedQueue(PackedQueue):
         self._begin(at | wrap, used)
         self._open: deque[int] = deque()  # keys of what is popped and not pushed
         self._batch: list[int] = []
-        self._last: tuple[int, list[tuple[int, int]]] | None = None  # popped last, if from _again
+        # Keys of what was popped since the last push, each with what `_again` had, if it had it.
+        self._taken: list[tuple[int, tuple[int, list[tuple[int, int]]] | None]] = []
         self._walked: list[tuple[int, int]] = []
 
     @property
@@ -127,44 +129,46 @@ class TrackedPackedQueue(PackedQueue):
         if self._again:
             key, descriptors = self._again[0]
             chain = self._walk(descriptors)
-            self._last = self._again.popleft()
-            self._popped = 0
+            self._taken.append((key, self._again.popleft()))
             self._open.append(key)
             return chain
         found = super().pop()
         if found is not None:
-            self._last = None
-            self._open.append(self._state.fetched(self._walked))
+            key = self._state.fetched(self._walked)
+            self._taken.append((key, None))
+            self._open.append(key)
         return found
 
-    def unpop(self) -> None:
-        """Put the chain popped last back; nothing may have been pushed since."""
-        super().unpop()
-        key = self._open.pop()
-        if self._last is not None:
-            self._again.appendleft(self._last)
-        else:
+    def unpop(self, head: int) -> None:
+        """Put the chain popped last, `head`, back; again and again, until the one pushed last."""
+        key, again = self._taken.pop()
+        self._open.pop()
+        if again is None:
+            super().unpop(head)
             self._state.put_back(key)
+        else:
+            if self._noted:
+                self._noted.pop()
+            self._again.appendleft(again)
 
     def push(self, head: int, written: int) -> None:
         """Complete the oldest popped chain, `head`, with `written` bytes; not visible yet."""
+        self._taken.clear()
         self._batch.append(self._open.popleft())
         super().push(head, written)
 
-    def publish(self) -> bool:
-        """Let the guest see what was pushed; return whether it wants a call."""
+    def _expose(self) -> None:
         if not self._batch:
-            return False
-        at = self._used + sum(head >> 16 for head, _ in self._pushed)
+            return
+        at = self._used + sum(head >> 16 for head in self._heads[: self._pushed])
         wrap = bool(self._used_lap)
         if at >= self.size:
             at, wrap = at - self.size, not wrap
         place = at | wrap << 15
         self._state.completing(self._batch, place)
-        wanted = super().publish()
+        super()._expose()
         self._state.completed(self._batch, place)
         self._batch.clear()
-        return wanted
 
     def want_kicks(self) -> bool:
         """Ask the guest to kick at its next buffer; return whether there already is one."""

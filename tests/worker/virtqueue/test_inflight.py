@@ -250,7 +250,7 @@ def in_batches(r: Tracked, rng: random.Random) -> None:
         if chain is None:
             break
         if not waiting and rng.random() < 0.3:
-            queue.unpop()
+            queue.unpop(chain.head)
             chain = r.side.pop()
         waiting.append(chain.head)
         if rng.random() < 0.6:
@@ -377,11 +377,11 @@ def test_what_is_in_flight_comes_first_and_can_be_put_back(
     queue = r.side.queue
     assert queue.ready()
     assert queue.want_kicks()
-    heads = [r.side.pop().head & 0xFFFF]
+    chain = r.side.pop()
     for _ in range(2):
-        queue.unpop()
-        assert r.side.pop().head & 0xFFFF == heads[0]
-    queue.unpop()
+        queue.unpop(chain.head)
+        assert r.side.pop().head == chain.head
+    queue.unpop(chain.head)
     assert [r.side.pop().head & 0xFFFF for _ in range(3)] == [chain.head for chain in chains]
     assert queue.pop() is None
     assert not queue.want_kicks()

@@ -150,7 +150,7 @@ def test_chains_of_any_layout_come_whole_and_in_order(
         for _ in range(offered):
             chain = r.pop()
             if rng.random() < 0.2:
-                r.queue.unpop()
+                r.queue.unpop(chain.head)
                 chain = r.pop()
             got.append(data_of(chain))
             r.queue.push(chain.head, 0)
@@ -285,8 +285,9 @@ def test_a_ring_goes_on_at_its_index(ring: MakeSides, start: int) -> None:
         r.done()
         r.pop()  # and never completed
         r.queue = r.serve(r.queue.index)
-        assert data_of(r.pop()) == b"next"
-        r.queue.unpop()
+        chain = r.pop()
+        assert data_of(chain) == b"next"
+        r.queue.unpop(chain.head)
         r.done()
         assert len(r.driver.reap()) == 2
     assert r.queue.index == r.driver.base
@@ -385,11 +386,11 @@ def test_a_chain_put_back_is_the_next_one_again(ring: MakeSides, start: int, pie
     r.driver.add([b"b"] * pieces)
     r.driver.publish()
     first = r.pop()
-    r.queue.unpop()
+    r.queue.unpop(first.head)
     assert r.queue.ready()
     again = r.pop()
     assert (again.head, data_of(again)) == (first.head, b"b" * pieces)
-    r.queue.unpop()
+    r.queue.unpop(again.head)
     assert not r.queue.publish()
     assert r.queue.index == r.driver.base
 
@@ -485,9 +486,9 @@ def test_wanting_kicks_tells_what_came_meanwhile(ring: MakeSides, event_idx: int
     assert r.queue.pop() is None
     r.give(b"in between")
     assert r.queue.want_kicks()
-    r.pop()
+    chain = r.pop()
     assert not r.queue.want_kicks()
-    r.queue.unpop()
+    r.queue.unpop(chain.head)
     assert r.queue.want_kicks()
 
 
@@ -514,8 +515,9 @@ def test_a_machine_that_reorders_has_the_same_ring(
     monkeypatch.setattr(packed, "WEAKLY_ORDERED", True)
     r = ring(0, start=start)
     r.give(b"a", b"b")
-    assert data_of(r.pop()) == b"a"
-    r.queue.unpop()
+    chain = r.pop()
+    assert data_of(chain) == b"a"
+    r.queue.unpop(chain.head)
     assert r.done(2)
     assert len(r.driver.reap()) == 2
 

@@ -314,7 +314,7 @@ def test_a_chain_put_back_is_the_next_one_again(ring: MakeRing) -> None:
     r.give(b"a", b"b")
     r.done()
     first = r.pop()
-    r.queue.unpop()
+    r.queue.unpop(first.head)
     assert r.queue.ready()
     again = r.pop()
     assert (again.head, data_of(again)) == (first.head, b"b")
@@ -323,8 +323,8 @@ def test_a_chain_put_back_is_the_next_one_again(ring: MakeRing) -> None:
 def test_a_chain_put_back_is_not_done(ring: MakeRing) -> None:
     r = ring()
     r.give(b"a")
-    r.pop()
-    r.queue.unpop()
+    chain = r.pop()
+    r.queue.unpop(chain.head)
     assert not r.queue.publish()
     assert r.queue.index == 0
 
@@ -333,8 +333,8 @@ def test_a_chain_put_back_is_not_done(ring: MakeRing) -> None:
 def test_a_chain_put_back_is_no_reason_to_sleep(ring: MakeRing, event_idx: bool) -> None:
     r = ring(event_idx=event_idx)
     r.give(b"a")
-    r.pop()
-    r.queue.unpop()
+    chain = r.pop()
+    r.queue.unpop(chain.head)
     assert r.queue.want_kicks()
 
 
