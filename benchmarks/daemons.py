@@ -261,10 +261,11 @@ def _activity(pid: int) -> Activity:
     """Return what the living threads of a process have done, in the scheduler's nanoseconds."""
     nanoseconds = switches = 0
     for thread in Path(f"/proc/{pid}/task").iterdir():
-        nanoseconds += int((thread / "schedstat").read_text().split()[0])
-        for line in (thread / "status").read_text().splitlines():
-            if "ctxt_switches:" in line:
-                switches += int(line.split()[1])
+        with contextlib.suppress(OSError):  # one that has just ended
+            nanoseconds += int((thread / "schedstat").read_text().split()[0])
+            for line in (thread / "status").read_text().splitlines():
+                if "ctxt_switches:" in line:
+                    switches += int(line.split()[1])
     return Activity(nanoseconds / 1e9, switches)
 
 

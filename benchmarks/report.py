@@ -70,7 +70,7 @@ def _table(section: Section, cells: Cells) -> str:
         if side == "floor":
             columns["of the limit"] = [_of_limit(row, cells) for row in section.rows]
     columns = {title: column for title, column in columns.items() if any(column)}
-    if len(columns) == 1:
+    if SIDES["ours"] not in columns:
         return ""
     lines = [_line(list(columns)), _line(["---"] * len(columns))]
     lines += [_line(list(line)) for line in zip(*columns.values(), strict=True) if any(line[1:])]
@@ -113,7 +113,12 @@ def _targets(results: Results) -> str:
             verdict = "reached"
         else:
             verdict = "**not reached**"
-        against = {"": "", "peer": " times better than the peer", "floor": " times the limit"}
+        against = {
+            "": "",
+            "peer": " times better than the peer",
+            "virtconsole": " times better than QEMU's own",
+            "floor": " times the limit",
+        }
         how = "at least" if target.at_least else "at most"
         with_what = f", {SIDES[side]}" if side not in ("ours", "") else ""
         lines.append(
@@ -134,7 +139,7 @@ def _machine(results: Results) -> str:
     machine, versions = results["machine"], results["versions"]
     kind = "a virtual machine" if machine["virtual"] == "yes" else "a machine"
     pinned = (
-        "A guest and its client ran on one CPU, its daemon on another; many guests, on both."
+        "Guests and their clients ran on one CPU, their daemon on another."
         if machine["pinned"] == "yes"
         else "Nothing was pinned to a CPU."
     )

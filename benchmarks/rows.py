@@ -86,8 +86,8 @@ class Section:
 class Target:
     """What a row is to reach: `bound`, absolutely or against another side.
 
-    Against the peer it says how many times better ours has to be; against the limit, how many
-    times worse it may be.
+    Against another program it says how many times better ours has to be; against the limit, how
+    many times worse it may be.
     """
 
     row: Row
@@ -232,6 +232,17 @@ def _millions(field: str) -> Callable[[Record], float]:
     return lambda record: float(record[field]) / 1e6
 
 
+def _guest_ms_per_mib(record: Record) -> float:
+    return float(record["vcpu_s"]) * 1e3 / (float(record["bytes"]) / 2**20)
+
+
+def _guests() -> Iterator[Row]:
+    for kind, system in (("uml", "User Mode Linux"), ("qemu", "QEMU (TCG)")):
+        for port, device in (("hvc0", "hvc0"), ("port", "a generic port")):
+            yield Row(f"{system}, dd to {device}: MB/s", f"{kind} {port}", "mb_s", True)
+            yield Row("… the guest's CPU, ms/MiB", f"{kind} {port}", _guest_ms_per_mib)
+
+
 def _memory() -> Iterator[Row]:
     for guests in FOOTPRINTS:
         yield Row(f"{guests} connected, PSS, MiB", f"memory {guests}", "pss_mib")
@@ -305,6 +316,7 @@ IDLE = (
     Row("context switches a guest a minute", "idle", "switches_guest_minute"),
 )
 MEMORY = tuple(_memory())
+GUESTS = tuple(_guests())
 MANY = (
     Row("100 guests, 10 KB/s each: CPU, % of a core", "load 100", _cpu_percent),
     Row("… bytes lost", "load 100", "lost"),
@@ -332,6 +344,12 @@ SECTIONS = (
     Section("16 idle guests", IDLE),
     Section("Memory", MEMORY),
     Section("Many guests", MANY),
+    Section(
+        "Real guests",
+        GUESTS,
+        "`dd` of 8 MiB, or less where that would take longer than 10 s. The peer has no generic"
+        " port.",
+    ),
 )
 
 
@@ -368,6 +386,9 @@ def _targets() -> Iterator[Target]:
     yield Target(MANY[0], 50)
     yield Target(MANY[1], 0)
     yield Target(MANY[3], 3)
+    for row in GUESTS:
+        yield Target(row, 1, "peer")
+        yield Target(row, 1, "virtconsole")
 
 
 #: What the project wants to reach.

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import psutil
 
+import guests
 import report
 from daemons import (
     PURE,
@@ -33,7 +34,6 @@ from daemons import (
     find_debian,
     find_ours,
     find_peer,
-    on,
     running,
     started,
     version,
@@ -44,15 +44,17 @@ HERE = Path(__file__).resolve().parent
 BUILD = HERE.parent / "build" / "bench"
 README = HERE / "README.md"
 
-#: How long, in seconds, one workload may take beyond its measured time, and for each guest more.
-GRACE = 8.0
-GUEST_GRACE = 0.1
+#: How long, in seconds, one workload may take beyond its measured time; 256 guests take a while.
+GRACE = 20.0
 
 #: A side that failed this often in a cell is not tried there again.
 MOST_FAILURES = 2
 
 #: Seconds in which no further round is begun, so that all of it, real guests too, takes 20 minutes.
 LONGEST = 800.0
+
+#: Rounds of real guests, which take most of two minutes each.
+GUEST_ROUNDS = 2
 
 #: Fewer rounds than this say too little to be compared with an earlier run.
 ENOUGH = 3
@@ -110,14 +112,14 @@ GROWTH = tuple(
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the guest and its client run, where its daemon, and where many guests and theirs do."""
+    """Where guests and their clients run, where their daemon, and where one that starts."""
 
     frontend: set[int]
     daemon: set[int]
     every: set[int]
 
     def arguments(self) -> list[str]:
-        """Return the frontend's options that say so for one guest."""
+        """Return the frontend's options that say so."""
         if self.frontend == self.daemon:
             return []
         return [f"--cpu={min(self.frontend)}", f"--device-cpu={min(self.daemon)}"]
@@ -222,14 +224,22 @@ class Bench:
                 },
             )
 
+    def measure_guests(self, rounds: int) -> None:
+        """Measure real guests, as guests.py says."""
+        if self._skips("guests"):
+            return
+        print("real guests", flush=True)
+        programs: dict[str, guests.Program] = {
+            name: side for name, side in self.sides.items() if name in ("ours", "peer")
+        }
+        self.cells |= guests.measure(programs, BUILD.parent, rounds)
+
     def measure_start(self, guests: int) -> None:
         """Measure the time from a daemon's start until all its guests' frontends are answered."""
 
         def measure(side: Side) -> Record:
             with started(side, self.folder, guests, self.layout.every) as daemon:
-                record = self._run(
-                    ["answer", *_where(daemon), f"--guests={guests}"], GRACE, many=True
-                )
+                record = self._run(["answer", *_where(daemon), f"--guests={guests}"], GRACE)
                 if "error" not in record:
                     record["start_s"] = float(record["monotonic_ns"]) / 1e9 - daemon.began
                 return record
@@ -258,17 +268,13 @@ class Bench:
         self._add(cell, name, record)
 
     def _measure(self, side: Side, cell: Cell, seconds: float) -> Record:
-        many = cell.guests > 1
-        cpus = self.layout.every if many else self.layout.daemon
-        with running(side, self.folder, cell.guests, cpus) as daemon:
+        with running(side, self.folder, cell.guests, self.layout.daemon) as daemon:
             before = daemon.cpu_seconds()
 
             def begun() -> None:
                 before.update(daemon.cpu_seconds())
 
-            record = self._run(
-                [*cell.arguments.split(), *_where(daemon)], seconds, begun, many=many
-            )
+            record = self._run([*cell.arguments.split(), *_where(daemon)], seconds, begun)
             after = daemon.cpu_seconds()
             record["cpu_s"] = sum(after.values()) - sum(before.values())
             if not after.keys() >= before.keys():
@@ -284,39 +290,34 @@ class Bench:
         arguments: list[str],
         seconds: float,
         begun: Callable[[], None] = lambda: None,
-        *,
-        many: bool = False,
     ) -> Record:
         """Run the frontend and return what it reports; a hang is an error like any other.
 
         `begun` is called when many guests have booted and begin to write.
         """
-        layout = self.layout
-        command = [self.frontend, *arguments, f"--seconds={seconds}"]
-        longest = seconds * 1.2 + GRACE + (GUEST_GRACE * max(FOOTPRINTS[-1], 256) if many else 0)
+        command = [self.frontend, *arguments, f"--seconds={seconds}", *self.layout.arguments()]
+        longest = seconds * 1.2 + GRACE
         record: Record = {}
-        with on(layout.every if many else layout.frontend):
-            process = subprocess.Popen(
-                [*command, *([] if many else layout.arguments())],
-                stdout=subprocess.PIPE,
-                text=True,
-            )
+        said = ""
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         watchdog = threading.Timer(longest, process.kill)
         watchdog.start()
         with process:
             assert process.stdout is not None
             try:
                 for line in process.stdout:
-                    said = _parse(line)
-                    if said.keys() == {"guests"}:
+                    if line.startswith("{"):
+                        record = _parse(line)
+                    else:  # that all guests are up, or what is wrong with the arguments
+                        said = line.strip()
                         begun()
-                    else:
-                        record = said
             finally:
                 watchdog.cancel()
                 process.kill()
         hung = process.returncode == -signal.SIGKILL
-        why = f"no end within {longest:.0f} s" if hung else f"exit {process.returncode}"
+        why = f"no end within {longest:.0f} s" if hung else f"exit {process.returncode}: {said}"
         return record or {"error": why}
 
     @contextmanager
@@ -401,8 +402,8 @@ def measure_all(bench: Bench, rounds: int, quick: bool) -> int:
         bench.measure_copy(seconds)
         # What varies less, or takes more time, is measured every other time.
         if index % 2 == 0 and not (quick and index):
-            for guests in FOOTPRINTS:
-                bench.measure_memory(guests)
+            for count in FOOTPRINTS:
+                bench.measure_memory(count)
             bench.measure_start(256)
             for cell in () if quick else GROWTH:
                 bench.measure(cell, seconds)
@@ -457,6 +458,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="vdc", dir="/tmp") as folder:
         bench = Bench(frontend, sides, layout, Path(folder), options.only)
         rounds = measure_all(bench, rounds, options.quick)
+        if not options.quick:
+            bench.measure_guests(min(rounds, GUEST_ROUNDS))
     machine["others_percent"] = round(others.percent(), 1)
     results: report.Results = {
         "versions": versions,
