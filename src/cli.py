@@ -183,6 +183,11 @@ class _Words(click.Choice):  # type: ignore[type-arg,unused-ignore]  # generic s
     help="Watch the rings for at most N microseconds before sleeping; 0 never does.",
 )
 @click.option(
+    "--cpus",
+    metavar="LIST",
+    help="The CPUs to serve guests on, such as 2-5,8; by default all that the daemon may use.",
+)
+@click.option(
     "--log-level",
     type=click.Choice(["error", "warning", "info", "debug"]),
     default="info",

@@ -48,6 +48,9 @@ TCP_PORT = 12345
 
 LOCALHOST = "127.0.0.1"
 
+#: No Linux has more (NR_CPUS on x86-64).
+_MOST_CPUS = 8192
+
 #: sun_path holds 108 bytes with its terminating zero (unix(7)).
 _LONGEST_SOCKET_PATH = 107
 
@@ -123,7 +126,7 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
 
     The socket is either `socket_path`, to be created, or `fd`, inherited. `max_ports` is what the
     guest is told as max_nr_ports: every port's id is below it. `inband` offers notifications as
-    messages of the session.
+    messages of the session. `cpus` are those its worker may run on, none for all of the daemon's.
     """
 
     name: str
@@ -135,6 +138,7 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
     poll_us: int = POLL_US
     resize_order: ResizeOrder = ResizeOrder.SPEC
     inband: bool = False
+    cpus: tuple[int, ...] = ()
 
 
 class Daemon(msgspec.Struct, frozen=True, kw_only=True):
@@ -173,6 +177,7 @@ class _GuestTable(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     poll_us: int = POLL_US
     resize_order: ResizeOrder = ResizeOrder.SPEC
     inband: bool = False
+    cpus: str = ""
 
 
 _Table = TypeVar("_Table", PortTable, _GuestTable)
@@ -221,6 +226,21 @@ def parse_port(text: str, where: str) -> PortTable:
             raise ConfigError(f"{where}: {key} is given twice")
         table[key] = value
     return _filled(PortTable, table, where, strict=False)
+
+
+def _cpus(text: str, where: str) -> tuple[int, ...]:
+    """Return the numbers in a list such as 2-5,8; none in "". Raises ConfigError."""
+    numbers: set[int] = set()
+    for item in text.split(",") if text else ():
+        first, dash, last = item.partition("-")
+        ends = [first, last if dash else first]
+        if not all(end.isascii() and end.isdigit() and len(end) <= 4 for end in ends):
+            raise ConfigError(f"{where} is {text!r}, not a list of CPUs such as 2-5,8")
+        low, high = map(int, ends)
+        if not low <= high < _MOST_CPUS:
+            raise ConfigError(f"{where}: {item} is no range of CPUs from 0 to {_MOST_CPUS - 1}")
+        numbers.update(range(low, high + 1))
+    return tuple(sorted(numbers))
 
 
 def _check_name(name: str, where: str) -> None:
@@ -383,6 +403,7 @@ def _guest(
     poll_us: int,
     resize_order: ResizeOrder,
     inband: bool,
+    cpus: str,
     first: int = 0,
 ) -> Guest:
     """Return the guest that these describe; errors in its own numbers begin with `where`."""
@@ -410,6 +431,7 @@ def _guest(
         poll_us=poll_us,
         resize_order=resize_order,
         inband=inband,
+        cpus=_cpus(cpus, f"{where}cpus"),
     )
 
 
@@ -459,6 +481,7 @@ def from_options(
     max_ports: int | None = None,
     resize_order: ResizeOrder = ResizeOrder.SPEC,
     inband: bool = False,
+    cpus: str | None = None,
 ) -> Daemon:
     """Return the daemon that the command line's options describe; `ports` are those of `--port`.
 
@@ -471,6 +494,8 @@ def from_options(
         raise ConfigError("give either --socket-path or --fd")
     if socket_path == "":
         raise ConfigError("--socket-path is empty")
+    if cpus == "":
+        raise ConfigError("--cpus is empty: give a list of CPUs such as 2-5,8")
     if socket_count < 1:
         raise ConfigError(f"--socket-count must be at least 1, not {socket_count}")
     if fd is not None and socket_count != 1:
@@ -516,6 +541,7 @@ def from_options(
                 poll_us=poll_us,
                 resize_order=resize_order,
                 inband=inband,
+                cpus=cpus or "",
                 first=1,
             )
         )
@@ -544,8 +570,12 @@ def from_toml(text: bytes, source: str) -> Daemon:
         document = msgspec.toml.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source} is not TOML: {error}") from None
-    if unknown := document.keys() - {"guest"}:
-        raise ConfigError(f"{source}: unknown key {min(unknown)!r}: there is [[guest]]")
+    if unknown := document.keys() - {"guest", "cpus"}:
+        raise ConfigError(f"{source}: unknown key {min(unknown)!r}: there are [[guest]] and cpus")
+    everyones_cpus = document.get("cpus", "")
+    if not isinstance(everyones_cpus, str):
+        raise ConfigError(f"{source}: cpus is {everyones_cpus!r}, not a text")
+    _cpus(everyones_cpus, f"{source}: cpus")
     guests: list[Guest] = []
     for where, table in _tables(document, "guest", source):
         ports = _tables(table, "guest.port", where)
@@ -564,6 +594,7 @@ def from_toml(text: bytes, source: str) -> Daemon:
             poll_us=own.poll_us,
             resize_order=own.resize_order,
             inband=own.inband,
+            cpus=own.cpus or everyones_cpus,
         )
         if any(guest.name == other.name for other in guests):
             raise ConfigError(f"{where}: another guest has the name {guest.name}")

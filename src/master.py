@@ -231,6 +231,35 @@ class _Guest:
             os.close(fd)
 
 
+class _Birth:
+    """A worker to be forked, and its ways to the master: `heard` and `orders` are our ends.
+
+    Raises OSError, with nothing left, when there are no descriptors for them.
+    """
+
+    def __init__(self, guest: _Guest) -> None:
+        self.guest = guest
+        self.pid = 0
+        self.error: OSError | None = None
+        self.heard, self.health = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            self.orders, self.ordered = orders.pair()
+        except OSError:
+            os.close(self.heard)
+            os.close(self.health)
+            raise
+
+    def close_theirs(self) -> None:
+        """Close the worker's ends, which only it holds then."""
+        os.close(self.health)
+        self.ordered.close()
+
+    def close_ours(self) -> None:
+        """Close the ends of a worker that there is not."""
+        os.close(self.heard)
+        self.orders.close()
+
+
 def _no_health(port: Port) -> PortHealth:
     return PortHealth(id=port.id, name=port.name)
 
@@ -269,6 +298,7 @@ class _Master:
         self._run = run
         self._status = 0
         self._stopping = False
+        self._starting: list[_Guest] = []
         _raise_file_limit()
         self._signals = _enqueue_signals(undo)
         self._selector = selectors.DefaultSelector()
@@ -282,6 +312,7 @@ class _Master:
         self._monitor = self._listen(undo)
 
     def _prepare(self, guest: Guest, undo: ExitStack) -> _Guest:
+        _check_cpus(guest)
         endpoints = Endpoints(guest)
         undo.callback(endpoints.close)
         prepared = _Guest(guest, endpoints, time.monotonic())
@@ -304,8 +335,6 @@ class _Master:
 
     def serve(self) -> int:
         self._announce()
-        gc.collect()
-        gc.freeze()  # what workers share with us stays shared
         self._tick()
         systemd.notify(f"READY=1\nSTATUS=guests: {len(self._guests)}")
         try:
@@ -342,12 +371,15 @@ class _Master:
             deadline = guest.supervisor.deadline
             if deadline is not None and deadline <= now:
                 self._step(guest, Event.TIMER)
+        if self._starting:
+            starting, self._starting = self._starting, []
+            self._start(starting)
 
     def _step(self, guest: _Guest, event: Event) -> None:
         before = guest.supervisor.state
         match guest.supervisor.handle(event, time.monotonic()):
             case Action.START:
-                self._start(guest)
+                self._starting.append(guest)
             case Action.TERMINATE:
                 self._signal(guest, signal.SIGTERM)
             case Action.KILL:
@@ -371,36 +403,57 @@ class _Master:
 
     # Workers
 
-    def _start(self, guest: _Guest) -> None:
-        guest.decoder = Decoder()
+    def _start(self, guests: list[_Guest]) -> None:
+        """Fork a worker for each of `guests`.
+
+        All are made ready first and then forked in a row: a page that this process writes between
+        two forks is one that those workers do not share.
+        """
+        births = []
+        for guest in guests:
+            try:
+                births.append(_Birth(guest))
+            except OSError as error:
+                self._stillborn(guest, error)
         # No handler of ours may run in the child before it has its own.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            with ExitStack() as undo, ExitStack() as worker_s:
-                read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-                undo.callback(os.close, read)
-                worker_s.callback(os.close, write)
-                ours, theirs = orders.pair()
-                undo.enter_context(ours)
-                worker_s.enter_context(theirs)
-                guest.pid = os.fork()
-                if guest.pid == 0:
-                    _become_worker(self._run, guest, write, theirs.fileno(), blocked)
-                undo.pop_all()
-        except OSError as error:
-            _log.error("%s: cannot start a worker: %s", guest.guest.name, error.strerror)
-            self._step(guest, Event.DIED)
-            return
+            gc.collect()
+            gc.freeze()  # or a collection in a worker would write to every object
+            for birth in births:
+                try:
+                    birth.pid = os.fork()
+                except OSError as error:
+                    birth.error = error
+                    continue
+                if birth.pid == 0:
+                    _become_worker(self._run, birth, blocked)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        guest.pipe = read
-        guest.orders = ours
+        for birth in births:
+            self._born(birth)
+
+    def _stillborn(self, guest: _Guest, error: OSError) -> None:
+        _log.error("%s: cannot start a worker: %s", guest.guest.name, error.strerror)
+        self._step(guest, Event.DIED)
+
+    def _born(self, birth: _Birth) -> None:
+        guest = birth.guest
+        birth.close_theirs()
+        if birth.error is not None:
+            birth.close_ours()
+            self._stillborn(guest, birth.error)
+            return
+        guest.decoder = Decoder()
+        guest.pid = birth.pid
+        guest.pipe = birth.heard
+        guest.orders = birth.orders
         guest.repeat_sizes()
         guest.heard = True
         guest.process = None
         guest.sampled = (guest.supervisor.started, 0.0)
         guest.cpu = 0.0
-        self._selector.register(read, selectors.EVENT_READ, lambda: self._hear(guest))
+        self._selector.register(guest.pipe, selectors.EVENT_READ, lambda: self._hear(guest))
 
     def _hear(self, guest: _Guest) -> None:
         """Take what a worker reports, until its pipe runs dry."""
@@ -532,6 +585,15 @@ class _Master:
         )
 
 
+def _check_cpus(guest: Guest) -> None:
+    allowed = os.sched_getaffinity(0)
+    if missing := set(guest.cpus) - allowed:
+        raise ConfigError(
+            f"{guest.name} cannot be served on CPU {min(missing)}: "
+            f"this daemon may use {', '.join(map(str, sorted(allowed)))}"
+        )
+
+
 def _create_journal(guest: Guest, port: Port) -> int:
     try:
         return journal.create(f"{guest.name}:{port.id}", port.output_bytes, port.input_bytes)
@@ -606,10 +668,10 @@ def _enqueue_signals(undo: ExitStack) -> int:
     return read
 
 
-def _become_worker(
-    run: Run, guest: _Guest, health: int, orders_: int, blocked: set[int | signal.Signals]
-) -> None:
-    """Turn this forked child into `guest`'s worker; never returns."""
+def _become_worker(run: Run, birth: _Birth, blocked: set[int | signal.Signals]) -> None:
+    """Turn this forked child into its guest's worker; never returns."""
+    guest = birth.guest
+    health, orders_ = birth.health, birth.ordered.fileno()
     status = _FAULT
     try:
         signal.set_wakeup_fd(-1)
@@ -632,12 +694,22 @@ def _become_worker(
         fds = {fd for port in ports for fd in (port.journal, port.endpoint) if fd is not None}
         _close_others({0, 1, 2, ends.frontend, health, orders_, *fds})
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        _settle(guest.guest)
         status = run(guest.guest, heirlooms)
     except BaseException as error:  # a worker that falls must not become a second master
         _log.error("%s: %s: %s", guest.guest.name, type(error).__name__, error)
         _log.debug("%s: where it happened", guest.guest.name, exc_info=True)
     finally:
         os._exit(status & 0xFF)
+
+
+def _settle(guest: Guest) -> None:
+    """Have this worker run where it shall; CPUs may have been taken away since that was checked."""
+    if guest.cpus:
+        try:
+            os.sched_setaffinity(0, guest.cpus)
+        except OSError as error:
+            _log.warning("%s: cannot be kept to its CPUs: %s", guest.name, error.strerror)
 
 
 def _close_others(kept: set[int]) -> None:

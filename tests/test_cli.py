@@ -55,6 +55,7 @@ def test_help_names_every_option(option: str, folder: Path) -> None:
         "--resize-order",
         "--inband",
         "--poll-us",
+        "--cpus",
         "--log-level",
         "--print-capabilities",
         "-V, --version",
@@ -132,6 +133,8 @@ def test_the_shell_can_complete_options(folder: Path) -> None:
         (("-s", "x", "-c", "many"), "'many' is not a valid integer"),
         (("-s", "x", "-q", "100"), "--max-queue-size must be a power of two"),
         (("-s", "x", "--poll-us", "-1"), "--poll-us must not be negative"),
+        (("-s", "x", "--cpus", "two"), "--cpus is 'two', not a list of CPUs such as 2-5,8"),
+        (("-s", "x", "--cpus", "8191"), "x0 cannot be served on CPU 8191: this daemon may use 0"),
         (("-s", "x", "--pty-link", "y"), "--pty-link goes with --backend pty"),
         (("-s", "x", "-p", "1000"), "--tcp-port goes with --backend network"),
         (

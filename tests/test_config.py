@@ -116,6 +116,12 @@ def test_limits_reach_the_guest() -> None:
         ({"max_queue_size": 0}, "power of two from 1 to 32768, not 0"),
         ({"max_queue_size": 100}, "power of two from 1 to 32768, not 100"),
         ({"max_queue_size": 65536}, "power of two from 1 to 32768, not 65536"),
+        ({"cpus": ""}, "--cpus is empty: give a list of CPUs such as 2-5,8"),
+        ({"cpus": "1,,2"}, "--cpus is '1,,2', not a list of CPUs such as 2-5,8"),
+        ({"cpus": "1-"}, "--cpus is '1-', not a list of CPUs such as 2-5,8"),
+        ({"cpus": "-1"}, "--cpus is '-1', not a list of CPUs such as 2-5,8"),
+        ({"cpus": "5-2"}, "--cpus: 5-2 is no range of CPUs from 0 to 8191"),
+        ({"cpus": "0-9999"}, "--cpus: 0-9999 is no range of CPUs from 0 to 8191"),
         ({"poll_us": -1}, "--poll-us must not be negative, not -1"),
         ({"tcp_port": 0}, "tcp-port must be from 1 to 65535, not 0"),
         ({"tcp_port": 1, "backend": None}, "--tcp-port goes with --backend network"),
@@ -432,6 +438,22 @@ def test_a_guest_s_table_is_a_guest_as_the_options_make_it() -> None:
     assert daemon == options()
 
 
+def test_cpus_are_single_ones_and_ranges() -> None:
+    (guest,) = options(cpus="8,2-5,3").guests
+    assert guest.cpus == (2, 3, 4, 5, 8)
+
+
+def test_no_cpus_are_chosen_by_default() -> None:
+    assert options().guests[0].cpus == ()
+
+
+def test_a_guest_s_own_cpus_come_before_everyone_s() -> None:
+    first = ONE.replace('"/a"', '"/a"\ncpus = "1"')
+    second = ONE.replace('"/a"', '"/b"')
+    daemon = toml('cpus = "0,2"\n' + first + second)
+    assert [guest.cpus for guest in daemon.guests] == [(1,), (0, 2)]
+
+
 def test_everything_about_a_guest_can_be_said() -> None:
     daemon = toml(
         """
@@ -512,7 +534,10 @@ backend = "pty"
         ("guest = 5", "f.toml: one [[guest]] at least is needed"),
         ("guest = [1]", "f.toml: one [[guest]] at least is needed"),
         ("[[guest]]\nsocket =", "f.toml is not TOML: Invalid value"),
-        ('color = "red"', "f.toml: unknown key 'color': there is [[guest]]"),
+        ('color = "red"', "f.toml: unknown key 'color': there are [[guest]] and cpus"),
+        ("cpus = 2\n" + ONE, "f.toml: cpus is 2, not a text"),
+        ('cpus = "x"\n' + ONE, "f.toml: cpus is 'x', not a list of CPUs"),
+        (ONE.replace('"/a"', '"/a"\ncpus = "x"'), "guest 1: cpus is 'x', not a list of CPUs"),
         ("[[guest]]", "f.toml: guest 1: one [[guest.port]] at least is needed"),
         (ONE.replace('socket = "/a"', ""), "f.toml: guest 1: socket is missing"),
         (ONE.replace('"/a"', "5"), "f.toml: guest 1: socket is 5, not a text"),

@@ -690,6 +690,23 @@ def test_a_closed_stderr_stops_nothing(start: StartDaemon) -> None:
     served.until(lambda guests: guests[0]["restarts"] == 1, "no successor")
 
 
+# Where workers run
+
+
+def test_workers_run_on_the_cpus_that_were_chosen_and_their_master_anywhere(
+    start: StartDaemon,
+) -> None:
+    everywhere = os.sched_getaffinity(0)
+    chosen = max(everywhere)
+    served = start(IDLE, "unix", 2, "--cpus", str(chosen))
+    assert [os.sched_getaffinity(pid) for pid in served.workers()] == [{chosen}, {chosen}]
+    assert os.sched_getaffinity(served.pid) == everywhere
+
+
+def test_workers_run_anywhere_unless_told(start: StartDaemon) -> None:
+    assert os.sched_getaffinity(start().workers()[0]) == os.sched_getaffinity(0)
+
+
 # The limit on processes
 
 

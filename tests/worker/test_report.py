@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -73,6 +74,24 @@ def rig() -> Iterator[Rig]:
     with suppress(OSError):
         os.close(made.pipe)
     made.poller.close()
+
+
+def delay_ms(rig: Rig) -> int:
+    """Return how long the record that is due waits, in steps of 250 ms."""
+    (due,) = (timer.due for timer in rig.timers if timer.due is not None)
+    return round((due - time.monotonic_ns()) / 250e6) * 250
+
+
+def test_a_change_after_a_quiet_time_is_reported_within_a_quarter_of_a_second(rig: Rig) -> None:
+    rig.report.changed()
+    assert delay_ms(rig) == 250
+
+
+def test_changes_that_go_on_are_reported_once_a_second(rig: Rig) -> None:
+    rig.report.changed()
+    rig.fire()
+    rig.report.changed()
+    assert delay_ms(rig) == 1000
 
 
 def test_a_record_is_sent_at_once_when_it_matters(rig: Rig) -> None:
