@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 Record = dict[str, float | str]
@@ -33,8 +33,8 @@ FOOTPRINTS = (1, 16, 64)
 class Row:
     """One line of a table: a value of each record of a cell.
 
-    `reference` is the cell that has the other sides' records, if they are not in `cell`; `limit`
-    says whether the floor's value means anything here.
+    `reference` is the cell that has the peer's records, if `cell` has none; `limit` says whether
+    the floor's value means anything here.
     """
 
     title: str
@@ -52,10 +52,10 @@ class Row:
 
     def records(self, cells: Cells, side: str) -> list[Record]:
         """Return the rounds of `side`."""
-        own = side in ("ours", "plain", "debian") or not self.reference
         if side == "floor" and not self.limit:
             return []
-        return cells.get(self.cell if own else self.reference, {}).get(side, [])
+        cell = self.reference if side == "peer" and self.reference else self.cell
+        return cells.get(cell, {}).get(side, [])
 
     def values(self, cells: Cells, side: str) -> list[float]:
         """Return the values of `side` in the rounds that did not fail."""
@@ -118,17 +118,17 @@ class Curve:
     name: str
     title: str
     x: str
-    y: Row
+    ys: tuple[Row, ...]
     along: tuple[int, ...]
     arguments: str
     floor: str = ""
 
     def rows(self) -> tuple[Row, ...]:
-        """Return a row for each point."""
-        y = self.y
+        """Return a row for each point, those of one x together."""
         return tuple(
-            Row(f"{x} {self.x}: {y.title}", f"{self.name} {x}", y.value, y.higher_is_better)
+            replace(y, title=f"{x} {self.x}: {y.title}", cell=f"{self.name} {x}")
             for x in self.along
+            for y in self.ys
         )
 
 
@@ -169,6 +169,11 @@ def _notifications(record: Record) -> float:
 
 def _watchers_got(record: Record) -> float:
     return 100 * float(record["least_watched"]) / float(record["all_bytes"])
+
+
+def _delivered_mb_s(record: Record) -> float:
+    watched = float(record.get("all_watched", 0))
+    return float(record["mb_s"]) * (1 + watched / float(record["all_bytes"]))
 
 
 def derive(cells: Cells) -> Cells:
@@ -257,7 +262,7 @@ CURVES = (
         "size",
         "Output by the size of a buffer, 16 at a time",
         "bytes a buffer",
-        Row("MB/s", "", "mb_s", True),
+        (Row("MB/s", "", "mb_s", True),),
         (16, 64, 256, 1024, 4096, 16384, 65536),
         "output --depth=16 --size={}",
         "device",
@@ -266,7 +271,7 @@ CURVES = (
         "depth",
         "Output by the number of buffers at a time, 16 bytes each",
         "buffers at a time",
-        Row("M buffers/s", "", _millions("chains_s"), True),
+        (Row("M buffers/s", "", _millions("chains_s"), True),),
         (1, 4, 16, 64, 128, 256),
         "output --size=16 --depth={}",
         "device",
@@ -275,7 +280,10 @@ CURVES = (
         "readers",
         "Output by the number of readers, 16 buffers of 4 KiB at a time",
         "readers",
-        Row("the guest's MB/s", "", "mb_s", True),
+        (
+            Row("the guest's MB/s", "", "mb_s", True),
+            Row("MB/s of all readers together", "", _delivered_mb_s, True),
+        ),
         (1, 2, 4, 8, 16, 32),
         "output --depth=16 --size=4096 --readers={}",
     ),
@@ -283,7 +291,7 @@ CURVES = (
         "guests",
         "CPU by the number of guests, each writing 10 KB/s in lines of 100 bytes",
         "guests",
-        Row("the daemon's CPU a guest, % of a core", "", _cpu_percent_a_guest),
+        (Row("the daemon's CPU a guest, % of a core", "", _cpu_percent_a_guest),),
         (1, 4, 16, 64, 256),
         "load --rate=10000 --size=100 --guests={}",
     ),
