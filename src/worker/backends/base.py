@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from typing import Protocol
 
 from ...errors import FrontendError
@@ -68,13 +67,8 @@ class Endpoint(Protocol):
         """Accept no more; the clients are their owner's."""
 
 
-def read_into(fd: int, into: list[memoryview]) -> int | None:
-    """Read as `Client.read` does, but for OSErrors, of which each kind of client has its own."""
-    try:
-        return os.readv(fd, into)
-    except BlockingIOError:
-        return None
-    except OSError as error:
-        if error.errno == errno.EFAULT:
-            raise FrontendError("the guest's memory is gone: its frontend cut it off") from None
-        raise
+def not_now(error: OSError) -> bool:
+    """Say whether a read failed only for now. Raises FrontendError if it did for want of memory."""
+    if error.errno == errno.EFAULT:
+        raise FrontendError("the guest's memory is gone: its frontend cut it off") from None
+    return isinstance(error, BlockingIOError)

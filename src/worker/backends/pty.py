@@ -14,7 +14,7 @@ import os
 import select
 import struct
 
-from .base import read_into
+from .base import not_now
 
 _IN_OPEN = 0x20
 _NUMBER = struct.Struct("=I")
@@ -57,12 +57,13 @@ class PtyClient:
     def read(self, into: list[memoryview]) -> int | None:
         """See `Client.read`; a slave that nobody has open any more is a client that is gone."""
         try:
-            count = read_into(self.reads, into)
+            return os.readv(self.reads, into)
         except OSError as error:
-            raise _gone(error) from None
-        if count is None and self.over:
-            raise ConnectionResetError("nobody had the pty open any more")
-        return count
+            if not not_now(error):
+                raise _gone(error) from None
+            if self.over:
+                raise ConnectionResetError("nobody had the pty open any more") from None
+            return None
 
     def write(self, data: memoryview | bytes) -> int:
         """See `Client.write`."""

@@ -10,7 +10,7 @@ import struct
 import termios
 from collections.abc import Callable
 
-from .base import read_into
+from .base import not_now
 
 _COUNT = struct.Struct("=i")
 
@@ -31,8 +31,10 @@ class StreamClient:
     def read(self, into: list[memoryview]) -> int | None:
         """See `Client.read`."""
         try:
-            return read_into(self.reads, into)
+            return os.readv(self.reads, into)
         except OSError as error:  # a timeout or no route any more are no ConnectionErrors
+            if not_now(error):
+                return None
             raise ConnectionResetError(f"the connection is gone: {error}") from None
 
     def write(self, data: memoryview | bytes) -> int:

@@ -15,7 +15,7 @@ import tty
 from collections.abc import Callable
 from typing import Any
 
-from .base import read_into
+from .base import not_now
 
 _ESCAPE = 0x1D  # Ctrl-]
 
@@ -87,11 +87,11 @@ class Terminal:
         """See `Client.read`; escapes are taken out, which can leave nothing for now."""
         try:
             if self._cooked is None:
-                return read_into(self.reads, into)
+                return os.readv(self.reads, into)
             data = os.read(self.reads, min(len(into[0]), _MOST_KEYS))
-        except BlockingIOError:
-            return None
         except OSError as error:
+            if not_now(error):
+                return None
             raise ConnectionResetError(f"the terminal is gone: {error}") from None
         if not data:
             return 0

@@ -289,7 +289,7 @@ class Port:
         before them in the input ring and there are such buffers; else into the ring.
         """
         waiting, inlet = self.input, self.inlet
-        if inlet is not None and waiting.head == waiting.tail and inlet.open():
+        if inlet is not None and waiting.head == waiting.tail and (self.opened or inlet.open()):
             self._received = _UNREAD
             inlet.serve(partial(self._receive, inlet.ring, read))
             if self._received != _UNREAD:
