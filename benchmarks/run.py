@@ -484,12 +484,12 @@ def main() -> int:
 
 def publish(results: report.Results, *, keep: bool) -> None:
     """Print the report, and write the results, the report and the plots where they belong."""
-    text = report.render(results)
+    text = _anonymous(report.render(results))
     print(text)
     version_number = results["versions"]["ours"].split()[0]
     path = HERE / "results" / f"{version_number}.json" if keep else BUILD / "last.json"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(_anonymous(json.dumps(results, indent=1)) + "\n")
     if keep:
         from plots import draw
 
@@ -497,6 +497,11 @@ def publish(results: report.Results, *, keep: bool) -> None:
         report.rewrite(README, report.RESULTS, text)
         report.rewrite(HERE.parent / "README.md", report.SPEED, report.render_head(results))
     print(f"all rounds are in {os.path.relpath(path)}")
+
+
+def _anonymous(text: str) -> str:
+    """Return `text`, which may quote a daemon, without where this machine keeps its files."""
+    return text.replace(str(HERE.parent), ".").replace(sys.base_prefix, "python")
 
 
 if __name__ == "__main__":
