@@ -27,6 +27,7 @@ from .config import Daemon, Guest, Nested, Port, PortTable, with_port, without_p
 from .endpoints import Endpoint, Endpoints, listen_unix
 from .errors import ConfigError, ConsoleError
 from .health import Decoder, Health, PortHealth
+from .rehearsal import rehearse
 from .supervision import Action, Event, State, Supervisor
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _WANTED_FILES = 1 << 16
 
 _PIPE_READ = 1 << 16
+
+#: From so many guests on, what workers share is worth making ready.
+_REHEARSED = 8
 
 
 class _Terminal:
@@ -289,6 +293,8 @@ def serve(daemon: Daemon, *, run: Run = worker.run) -> int:
     0: stopped or done. 1: a guest was lost for good. Raises ConfigError, with nothing left behind,
     when a socket or another endpoint cannot be had.
     """
+    if len(daemon.guests) >= _REHEARSED:
+        rehearse()
     with ExitStack() as undo:
         return _Master(daemon, run, undo).serve()
 
