@@ -62,8 +62,9 @@ MOST_FAILURES = 2
 #: Seconds for which nothing may arrive, and for a daemon to come up.
 PATIENCE = 30.0
 
-#: A worker's counters have reached the monitor after this many seconds of rest.
+#: A worker tells the monitor its counters, these among them, within this many seconds.
 COUNTED = 0.3
+COUNTERS = ("kicks", "calls", "chains")
 
 _PATTERN = "".join(f"{number}\n" for number in range(1, 200000)).encode()[: 1 << 20] * 8
 _PREPARE = (
@@ -346,10 +347,15 @@ class Guest:
             "daemon_cpu_s": sum(map(_cpu_seconds, daemon)),
         }
         if path := next((self._folder / "run").glob("*.sock"), None):
-            time.sleep(COUNTED)
-            with suppress(ConsoleError):
-                guest = monitor.ask(str(path)).guests[0]
-                used |= {"kicks": guest.kicks, "calls": guest.calls, "chains": guest.chains}
+            counters: dict[str, float] = {}
+            before = {"chains": -1.0}
+            while counters != before:
+                before = counters
+                time.sleep(COUNTED)
+                with suppress(ConsoleError):
+                    guest = monitor.ask(str(path)).guests[0]
+                    counters = {name: getattr(guest, name) for name in COUNTERS}
+            used |= counters
         return used
 
 
