@@ -24,14 +24,24 @@ _GRACE_S = 1.0
 #: How long arrivals wait when the system has no room for them.
 _NO_ROOM_S = 1.0
 
-#: A client's share of one round, in bytes.
-_MOST_PER_ROUND = 1 << 18
+#: The first client's share of one round, in bytes.
+_MOST_PER_ROUND = 1 << 20
+
+#: What another one gets at a time, the part of what the first one takes that is for the others, and
+#: what those have on top before that counts.
+_PIECE = 1 << 14
+_OTHERS_SHARE = 8
+_BURST = 1 << 22
 
 #: The clients of a port at once.
 _MOST_CLIENTS = 256
 
 #: The input half has ended, which is told without waiting for input.
 _END = HUP | select.EPOLLRDHUP
+
+
+def _lag(seat: _Seat) -> int:
+    return seat.watcher.pending if seat.watcher else 0
 
 
 class _Seat:
@@ -50,6 +60,7 @@ class _Seat:
         self.polled = True  # for input; not after its end was told while paused
         self.blocked = False  # its output has no room
         self.notice = b""  # of a gap, due before the bytes after it
+        self.behind = False  # it has missed some since it had last caught up
         self.noticed = 0  # bytes of the last one that were written, and bytes after it
         self.since = 0
 
@@ -85,6 +96,7 @@ class Audience:
         self._fixed = (0, 0)  # a size that no client decides
         self._typist: _Seat | None = None
         self._frozen = False
+        self._others_due = _BURST  # bytes for those behind the first while the guest writes
         self._seats: list[_Seat] = []
         self._stall = poller.timer(self._stalled)
         self._stall_mark = 0  # where the holder was when that was started
@@ -253,33 +265,71 @@ class Audience:
         self._poller.want(seat.client.writes, 0)
 
     def flush(self) -> bool:
-        """Give everyone their next bytes; return whether anyone took some."""
-        progress = False
+        """Give everyone their next bytes; return whether anyone took some.
+
+        The guest keeps the pace of the first in line, so the others are not to slow it down: while
+        it goes on writing, and after a burst, they share an eighth of what the first takes, and in
+        each pause, however short, one of them gets a piece.
+        """
         if self._frozen:
-            return progress
+            return False
+        first: Watcher | None = None
+        progress = False
+        others: list[_Seat] = []
         for seat in [*self._seats]:
             watcher = seat.watcher
-            if watcher is None or seat.blocked or not (watcher.pending or seat.notice):
+            if watcher is None:
                 continue
-            try:
-                took = self._give(seat, watcher)
-            except OSError as error:
-                if not isinstance(error, ConnectionError):
-                    self._warn(seat.client, f"failed: {error}")
-                self._deafen(seat)
+            if first is None and not watcher.stuck:
+                first = watcher
+            if seat.blocked or not (watcher.pending or seat.notice):
                 continue
-            if took:
+            if watcher is not first:
+                others.append(seat)
+            elif took := self._serve(seat, watcher, _MOST_PER_ROUND):
                 progress = True
-                if seat.client.resizes:
-                    self.decide_size()
+                self._others_due += took // _OTHERS_SHARE
+        if others:
+            progress |= self._serve_others(others, pause=not progress)
+        else:
+            self._others_due = _BURST
         self._mind_the_holder()
         return progress
 
-    def _give(self, seat: _Seat, watcher: Watcher) -> int:
+    def _serve_others(self, seats: list[_Seat], *, pause: bool) -> bool:
+        """Give some to those that lag most; return whether anyone took some."""
+        seats.sort(key=_lag)
+        progress = False
+        while seats and (self._others_due > 0 or pause):
+            seat = seats.pop()
+            most = max(_PIECE, self._others_due)
+            took = self._serve(seat, seat.watcher, most) if seat.watcher else 0
+            if took:
+                progress = True
+                if pause:
+                    break
+                self._others_due -= took
+        return progress
+
+    def _serve(self, seat: _Seat, watcher: Watcher, most: int) -> int:
+        try:
+            took = self._give(seat, watcher, most)
+        except OSError as error:
+            if not isinstance(error, ConnectionError):
+                self._warn(seat.client, f"failed: {error}")
+            self._deafen(seat)
+            return 0
+        if took and seat.client.resizes:
+            self.decide_size()
+        return took
+
+    def _give(self, seat: _Seat, watcher: Watcher, most: int) -> int:
         lost = watcher.skip_lost()
         if lost:
             seat.notice += b"\r\n[vhost-device-console: %d bytes missed]\r\n" % lost
-            self._warn(seat.client, f"did not read in time and missed {lost} bytes")
+            if not seat.behind:  # else the log has it; one line for every gap would fill it
+                self._warn(seat.client, f"did not read in time and missed {lost} bytes")
+            seat.behind = True
             seat.noticed = seat.since = 0
         if seat.notice:
             count = seat.client.write(seat.notice)
@@ -288,13 +338,15 @@ class Audience:
             if seat.notice:
                 return self._block(seat, 0)
         took = 0
-        while took < _MOST_PER_ROUND and (span := watcher.span()):
+        while took < most and (span := watcher.span()[: most - took]):
             count = seat.client.write(span)
             self._port.took(watcher, count)
             seat.since += count
             took += count
             if count < len(span):
                 return self._block(seat, took)
+        if not watcher.pending:
+            seat.behind = False
         return took
 
     def _block(self, seat: _Seat, took: int) -> int:

@@ -1035,6 +1035,98 @@ def test_a_port_is_attended_from_the_first_client_to_the_last(hall: Hall) -> Non
     assert [*attended, hall.port.attended] == [False, True, True, False]
 
 
+# The first in line and the others
+
+
+def take(user: socket.socket) -> bytes:
+    """Return what is there for a user now."""
+    try:
+        return user.recv(1 << 16, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return b""
+
+
+def append(hall: Hall, data: bytes) -> None:
+    hall.port.output.append(data)
+    hall.port.output.commit()
+
+
+def test_while_the_guest_writes_the_others_share_a_part(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audience, "_BURST", 0)
+    monkeypatch.setattr(audience, "_PIECE", 100)
+    first, *others = (hall.join() for _ in range(3))
+    got = 0
+    for _ in range(40):
+        append(hall, b"x" * 800)
+        hall.audience.flush()
+        assert len(take(first)) == 800
+        got += sum(take(other).count(b"x") for other in others)
+    assert 0.8 * 40 * 800 / 8 < got < 1.2 * 40 * 800 / 8
+
+
+def test_a_burst_is_everybodys_at_once(hall: Hall) -> None:
+    users = [hall.join() for _ in range(4)]
+    append(hall, b"for everybody")
+    hall.audience.flush()
+    assert [take(user) for user in users] == [b"for everybody"] * 4
+
+
+def test_in_a_pause_the_others_get_the_rest_in_turn(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audience, "_BURST", 0)
+    users = [hall.join() for _ in range(4)]
+    append(hall, b"for everybody")
+    hall.audience.flush()
+    assert hall.port.watchers[0].pending == 0
+    assert any(watcher.pending for watcher in hall.port.watchers)
+    while hall.audience.flush():
+        continue
+    assert [take(user) for user in users] == [b"for everybody"] * 4
+
+
+def test_who_lags_most_is_the_next(hall: Hall, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audience, "_BURST", 0)
+    monkeypatch.setattr(audience, "_PIECE", 10)
+    users = [hall.join() for _ in range(3)]
+    append(hall, bytes(20))
+    for _ in range(2):
+        hall.audience.flush()
+    assert [len(take(user)) for user in users] == [20, 10, 10]
+
+
+def test_many_gaps_in_a_row_are_one_line_in_the_log_until_all_was_read(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audience, "_BURST", 0)
+    monkeypatch.setattr(audience, "_PIECE", 10)
+    first, other = hall.join(), hall.join()
+    missed = [0]
+    for time in (1, 2):
+        for _ in range(3):
+            append(hall, bytes(SIZE))
+            hall.audience.flush()
+            take(first)
+            take(other)
+            missed.append(hall.port.missed)
+        while hall.audience.flush():
+            take(other)
+        assert missed[-2] > missed[-3]
+        assert missed[-1] > missed[-2]
+        assert hall.log.text.count("did not read in time") == time
+
+
+def test_a_stuck_first_one_leaves_its_place_to_the_next(hall: Hall) -> None:
+    hall.join()
+    second, third = hall.join(), hall.join()
+    hall.port.watchers[0].stuck = True
+    append(hall, bytes(800))
+    hall.audience.flush()
+    assert (len(take(second)), len(take(third))) == (800, 800)
+
+
 # Straight into the guest's buffers
 
 
