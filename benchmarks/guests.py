@@ -449,6 +449,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer", help="the Rust daemon's program")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without ending the guests
     build = ROOT / "build"
     try:
         programs: dict[str, Program] = {"ours": (find_ours(), {})}
