@@ -35,14 +35,14 @@ def rehearse() -> None:
     """
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     before = signal.getsignal(signal.SIGTERM)
-    failure: OSError | None = None
+    failure: Exception | None = None
     logger = logging.getLogger(__package__)
     silence = logging.NullHandler()
     logger.addHandler(silence)
     logger.propagate = False  # a guest that is none is nobody's news
     try:
         _serve()
-    except OSError as error:
+    except Exception as error:  # whatever it is, the daemon can do without
         failure = error
     finally:
         logger.propagate = True

@@ -78,6 +78,17 @@ def test_nothing_is_said_of_it() -> None:
     rehearsed("import logging; logging.basicConfig(level=10); rehearsal.rehearse()")
 
 
+def test_the_daemon_starts_whatever_happens_in_it() -> None:
+    said = rehearsed(
+        LEFT + "from vhost_device_console import worker\n"
+        "def run(*_): raise RuntimeError('a mistake of ours')\n"
+        "worker.run = run\n"
+        "rehearsal._WITHIN_S = 1\n"
+        "rehearsal.rehearse(); print(left()[1])"
+    )
+    assert said == "None\n"
+
+
 def test_why_there_was_none_is_said_for_whoever_looks_for_it() -> None:
     said = rehearsed(
         "import logging, sys\n"
