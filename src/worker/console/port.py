@@ -129,8 +129,14 @@ class Port:
 
     @property
     def missed(self) -> int:
-        """Bytes that some reader was skipped over, each gap counted for everyone who met it."""
-        return self._missed + sum(watcher.missed for watcher in self.watchers)
+        """Bytes that some reader was skipped over, each gap counted for everyone who met it.
+
+        So is the one that a reader will meet when it reads on.
+        """
+        tail = self.output.tail
+        return self._missed + sum(
+            watcher.missed + max(0, tail - watcher.offset) for watcher in self.watchers
+        )
 
     @property
     def host_open(self) -> bool:
@@ -169,8 +175,12 @@ class Port:
         self.watchers.remove(watcher)
         self._missed += watcher.missed
         left = watcher.offset - undelivered
-        if self.watchers:  # what the others joined too late for is seen by nobody any more
-            self._missed += max(0, min(other.joined for other in self.watchers) - left)
+        if self.watchers:
+            # What the others joined too late for is seen by nobody any more, and the gap before
+            # this one is met by nobody; a last one leaves it to the next to come.
+            joined = min(other.joined for other in self.watchers)
+            self._missed += max(0, joined - left)
+            self._missed += max(0, self.output.tail - max(watcher.offset, joined))
         if watcher.offset == self.output.seen:
             others = (other.offset for other in self.watchers)
             self.output.seen = max(left, *others, 0)

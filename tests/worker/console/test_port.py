@@ -183,17 +183,41 @@ def test_no_more_than_everything_is_replayed(port: Port, queue: Queue) -> None:
     assert read(port, port.attach()) == b"data"
 
 
-def test_each_gap_is_counted_for_everyone_who_met_it(port: Port, queue: Queue) -> None:
+def test_each_gap_is_counted_for_everyone_whether_met_yet_or_not(port: Port, queue: Queue) -> None:
     first, second = port.attach(), port.attach()
     port.stall()
     port.stall()
     write(port, queue, bytes(SIZE), bytes(10))
+    assert port.missed == 20
     first.skip_lost()
-    assert port.missed == 10
     second.skip_lost()
     assert port.missed == 20
     port.detach(first, 0)
     assert port.missed == 20
+
+
+def test_a_stuck_readers_gap_still_counts_when_it_has_left_without_meeting_it(
+    port: Port, queue: Queue
+) -> None:
+    first, second = port.attach(), port.attach()
+    port.stall()
+    write(port, queue, bytes(SIZE))
+    read(port, second)
+    write(port, queue, bytes(10))
+    assert port.missed == 10
+    port.detach(first, 0)
+    assert port.missed == 10
+
+
+def test_the_last_readers_gap_is_the_next_ones_and_counts_once(port: Port, queue: Queue) -> None:
+    first = port.attach()
+    port.stall()
+    write(port, queue, bytes(SIZE), bytes(10))
+    port.detach(first, 0)
+    second = port.attach()
+    assert port.missed == 10
+    assert second.skip_lost() == 10
+    assert port.missed == 10
 
 
 # Who is waited for
