@@ -47,7 +47,7 @@ def _text(row: Row, cells: Cells, side: str) -> str:
     errors = [str(r["error"]) for r in row.records(cells, side) if "error" in r]
     values = row.values(cells, side)
     if not values:
-        return f"fails: {errors[0].splitlines()[0]}" if any(errors) else ""
+        return f"fails: {errors[0].splitlines()[0][:100]}" if any(errors) else ""
     return _spread(values) + (f"; {len(errors)} rounds failed" if errors else "")
 
 

@@ -45,10 +45,13 @@ class Row:
     limit: bool = True
 
     def of(self, record: Record) -> float | None:
-        """Return the value in `record`, or None when that round failed."""
+        """Return the value in `record`, or None when that round failed or has no such value."""
         if "error" in record:
             return None
-        return self.value(record) if callable(self.value) else float(record[self.value])
+        try:
+            return self.value(record) if callable(self.value) else float(record[self.value])
+        except (KeyError, ZeroDivisionError):
+            return None
 
     def records(self, cells: Cells, side: str) -> list[Record]:
         """Return the rounds of `side`."""

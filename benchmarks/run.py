@@ -484,12 +484,12 @@ def main() -> int:
 
 def publish(results: report.Results, *, keep: bool) -> None:
     """Print the report, and write the results, the report and the plots where they belong."""
-    text = _anonymous(report.render(results))
-    print(text)
     version_number = results["versions"]["ours"].split()[0]
     path = HERE / "results" / f"{version_number}.json" if keep else BUILD / "last.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(_anonymous(json.dumps(results, indent=1)) + "\n")
+    text = _anonymous(report.render(results))
+    print(text)
     if keep:
         from plots import draw
 
