@@ -39,7 +39,7 @@ from .virtqueue.ring import RING_FEATURES, Ring
 #: The longest chain that is read where the journal sets no limit of its own.
 _LONGEST_CHAIN = 1 << 20
 
-_ANY_SIZE = 1 << 64
+_ANY_SIZE = (1 << 63) - 1
 
 #: VHOST_USER_CONFIG's flag: the frontend writes on its own, for a guest that moved.
 _MIGRATION = 1

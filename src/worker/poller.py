@@ -109,6 +109,7 @@ class Poller:
         self._window = min(_FIRST_WINDOW_NS, self._most_window)
         self._pause = min(_PAUSE_NS, self._most_window)
         self._crowd = _Crowd()
+        self._again = False
         self._stopped = False
         self._signals: dict[int, Callable[[], None]] = {}
         self._wakeup, self._signalled = socket.socketpair()
@@ -173,8 +174,12 @@ class Poller:
         self._stopped = True
 
     def expect(self) -> None:
-        """Look for the whole window before the next sleep: an answer is likely."""
+        """Look for the whole window before the next sleep: an answer is likely.
+
+        More to answer may be there already, so descriptors are looked at before.
+        """
         self._window = self._most_window
+        self._again = True
 
     def run(
         self,
@@ -205,7 +210,8 @@ class Poller:
                 if flushed - dispatched > _DISPATCH_NS:
                     dispatched = flushed
                     self._dispatch(0)
-            elif flush():
+            elif flush() or self._again:
+                self._again = False
                 self._dispatch(0)
             elif not self._look(look) and not arm():
                 self._sleep()
@@ -220,16 +226,15 @@ class Poller:
 
     def _sleep(self) -> None:
         before = monotonic_ns()
+        crowded = self._crowd.here(before)
+        self._pause = 0 if crowded else min(_PAUSE_NS, self._most_window)
         self._dispatch(self._timeout_ms(before))
-        now = monotonic_ns()
-        if now - before > self._most_window:
-            self._window = self._window // 2 if self._window > _FIRST_WINDOW_NS else 0
-        else:
+        if crowded:
+            self._window = 0
+        elif monotonic_ns() - before <= self._most_window:
             self._window = min(2 * self._window or _FIRST_WINDOW_NS, self._most_window)
-        if self._crowd.here(now):
-            self._window = self._pause = 0
         else:
-            self._pause = min(_PAUSE_NS, self._most_window)
+            self._window = self._window // 2 if self._window > _FIRST_WINDOW_NS else 0
 
     def _timeout_ms(self, now: int) -> float | None:
         if self._stopped or any(self._files.values()):

@@ -26,6 +26,9 @@ _LONGEST_INDIRECT = 1024
 # A guest that spins until its buffer is back has it in less, and needs no call for it any more.
 _CALL_NS = 1_000
 
+#: How many buffers are moved before the guest sees them, so that it can go on meanwhile.
+_PORTION = 16
+
 #: Looks at the ring between two at the clock.
 _LOOKS = 8
 
@@ -99,12 +102,13 @@ class ChainReader:
         began = output.head
         while True:
             try:
-                moved = self._move(output, most - taken, limit)
+                moved = self._move(output, min(most - taken, _PORTION), limit)
+                asleep = self._call_wanted()  # for what it could see all the while
             finally:
                 output.commit()
                 self._expose()
             taken += moved
-            if not moved or self.held or taken >= most:
+            if not moved or asleep or self.held or taken >= most:
                 return taken
             if output.head - began > _LIGHT:
                 linger_ns = min(linger_ns, _CALL_NS)
@@ -113,6 +117,8 @@ class ChainReader:
 
     def _linger(self, linger_ns: int) -> bool:
         """Look for another buffer for so long, or until the guest wants a call."""
+        if self.ready():
+            return True
         if not linger_ns:
             return False
         now = monotonic_ns()

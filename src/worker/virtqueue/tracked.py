@@ -160,7 +160,7 @@ class TrackedPackedQueue(PackedQueue):
     def _expose(self) -> None:
         if not self._batch:
             return
-        at = self._used + sum(head >> 16 for head in self._heads[: self._pushed])
+        at = self._used + sum([head >> 16 for head in self._heads[: self._pushed]])
         wrap = bool(self._used_lap)
         if at >= self.size:
             at, wrap = at - self.size, not wrap
