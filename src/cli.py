@@ -175,6 +175,11 @@ class _Words(click.Choice):  # type: ignore[type-arg,unused-ignore]  # generic s
     help="Offer notifications as messages, for time-travel simulations: slow, but exact.",
 )
 @click.option(
+    "--packed",
+    is_flag=True,
+    help="Offer packed virtqueues too; Linux' console driver is faster without.",
+)
+@click.option(
     "--poll-us",
     type=int,
     metavar="N",

@@ -126,7 +126,8 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
 
     The socket is either `socket_path`, to be created, or `fd`, inherited. `max_ports` is what the
     guest is told as max_nr_ports: every port's id is below it. `inband` offers notifications as
-    messages of the session. `cpus` are those its worker may run on, none for all of the daemon's.
+    messages of the session, `packed` virtqueues of that format. `cpus` are those its worker may run
+    on, none for all of the daemon's.
     """
 
     name: str
@@ -138,6 +139,7 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
     poll_us: int = POLL_US
     resize_order: ResizeOrder = ResizeOrder.SPEC
     inband: bool = False
+    packed: bool = False
     cpus: tuple[int, ...] = ()
 
 
@@ -177,6 +179,7 @@ class _GuestTable(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     poll_us: int = POLL_US
     resize_order: ResizeOrder = ResizeOrder.SPEC
     inband: bool = False
+    packed: bool = False
     cpus: str = ""
 
 
@@ -403,6 +406,7 @@ def _guest(
     poll_us: int,
     resize_order: ResizeOrder,
     inband: bool,
+    packed: bool,
     cpus: str,
     first: int = 0,
 ) -> Guest:
@@ -431,6 +435,7 @@ def _guest(
         poll_us=poll_us,
         resize_order=resize_order,
         inband=inband,
+        packed=packed,
         cpus=_cpus(cpus, f"{where}cpus"),
     )
 
@@ -481,6 +486,7 @@ def from_options(
     max_ports: int | None = None,
     resize_order: ResizeOrder = ResizeOrder.SPEC,
     inband: bool = False,
+    packed: bool = False,
     cpus: str | None = None,
 ) -> Daemon:
     """Return the daemon that the command line's options describe; `ports` are those of `--port`.
@@ -541,6 +547,7 @@ def from_options(
                 poll_us=poll_us,
                 resize_order=resize_order,
                 inband=inband,
+                packed=packed,
                 cpus=cpus or "",
                 first=1,
             )
@@ -594,6 +601,7 @@ def from_toml(text: bytes, source: str) -> Daemon:
             poll_us=own.poll_us,
             resize_order=own.resize_order,
             inband=own.inband,
+            packed=own.packed,
             cpus=own.cpus or everyones_cpus,
         )
         if any(guest.name == other.name for other in guests):

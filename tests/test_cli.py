@@ -54,6 +54,7 @@ def test_help_names_every_option(option: str, folder: Path) -> None:
         "--config",
         "--resize-order",
         "--inband",
+        "--packed",
         "--poll-us",
         "--cpus",
         "--log-level",

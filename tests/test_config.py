@@ -229,8 +229,12 @@ def test_127_ports_are_possible() -> None:
 
 
 def test_how_sizes_and_notifications_go_reaches_the_guest() -> None:
-    (guest,) = options(resize_order=ResizeOrder.LINUX_LEGACY, inband=True).guests
-    assert (guest.resize_order, guest.inband) == (ResizeOrder.LINUX_LEGACY, True)
+    (guest,) = options(resize_order=ResizeOrder.LINUX_LEGACY, inband=True, packed=True).guests
+    assert (guest.resize_order, guest.inband, guest.packed) == (
+        ResizeOrder.LINUX_LEGACY,
+        True,
+        True,
+    )
 
 
 @pytest.mark.parametrize(
@@ -465,6 +469,7 @@ def test_everything_about_a_guest_can_be_said() -> None:
         poll-us = 0
         resize-order = "linux-legacy"
         inband = true
+        packed = true
         [[guest.port]]
         id = 3
         name = "a"
@@ -495,6 +500,7 @@ def test_everything_about_a_guest_can_be_said() -> None:
             poll_us=0,
             resize_order=ResizeOrder.LINUX_LEGACY,
             inband=True,
+            packed=True,
             ports=(
                 Port(id=0, name="c", backend=Network("::", 5)),
                 Port(

@@ -14,6 +14,7 @@ from vhost_device_console import config
 from vhost_device_console.cli import cli
 from vhost_device_console.worker.console.device import FEATURES
 from vhost_device_console.worker.vhost_user.session import Session
+from vhost_device_console.worker.virtqueue.features import RING_PACKED
 from vhost_device_console.worker.virtqueue.ring import RING_FEATURES
 
 ROOT = Path(__file__).parents[1]
@@ -94,11 +95,16 @@ def test_a_command_of_the_documents_is_one_that_there_is(arguments: list[str]) -
     command.make_context("vhost-device-console", arguments)
 
 
-def bits(heading: str) -> int:
-    """Return the bits in the table under the one heading of docs/offered.md that begins so."""
+def bits(heading: str, option: str = "") -> int:
+    """Return the bits in the table under the one heading of docs/offered.md that begins so.
+
+    Those are meant that are offered always, or with `option` only.
+    """
     text = (ROOT / "docs/offered.md").read_text()
     (section,) = re.findall(rf"^## {heading}.*\n([^#]*)", text, re.MULTILINE)
-    table, _, _ = section.partition("With the option")
+    always, _, optional = section.partition("With the option")
+    assert not option or optional.startswith(f" `{option}` also:")
+    table = optional if option else always
     return sum(1 << int(bit) for bit in re.findall(r"^\| (\d+) \|", table, re.MULTILINE))
 
 
@@ -109,6 +115,8 @@ def test_what_the_document_says_is_offered_is_offered() -> None:
     assert session.protocol_features == bits("To the frontend: protocol")
 
 
-def test_only_inband_notifications_are_an_option() -> None:
+def test_only_inband_notifications_and_packed_rings_are_options() -> None:
     plain, inband = (Session(0, queues=4, largest=256, inband=way) for way in (False, True))
     assert inband.protocol_features ^ plain.protocol_features == 1 << 14
+    assert bits("To the frontend: protocol", "--inband") == 1 << 14
+    assert bits("To the guest: virtio", "--packed") == RING_PACKED

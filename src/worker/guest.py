@@ -34,6 +34,7 @@ from .poller import Poller
 from .queues import BUDGET, IDLE, Queues, Work
 from .report import Report
 from .vhost_user import session as fx
+from .virtqueue.features import RING_PACKED
 from .virtqueue.ring import RING_FEATURES, Ring
 
 #: The longest chain that is read where the journal sets no limit of its own.
@@ -243,7 +244,7 @@ class Guest:
 
     def _new_session(self) -> fx.Session:
         self._session = fx.Session(
-            FEATURES | RING_FEATURES,
+            FEATURES | RING_FEATURES | (RING_PACKED if self._config.packed else 0),
             2 * self._console.max_ports + 2,
             self._config.max_queue_size,
             inband=self._config.inband,

@@ -39,10 +39,10 @@ def nothing_stays_open() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[scene.Pair]:
-    """Give two guests of one daemon that a module's tests share."""
+    """Give two guests of one daemon, which offers packed rings, that a module's tests share."""
     folder = Path(tempfile.mkdtemp(prefix="vdc", dir="/tmp"))
     try:
-        with launch.Daemon(folder, "unix", 2) as daemon, scene.pair_of(daemon) as pair:
+        with launch.Daemon(folder, "unix", 2, "--packed") as daemon, scene.pair_of(daemon) as pair:
             yield pair
     finally:
         shutil.rmtree(folder)

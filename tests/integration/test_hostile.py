@@ -479,7 +479,7 @@ def test_memory_in_use_cannot_shrink(pair: Pair, by_slot: bool) -> None:
 @FORMATS
 def test_memory_that_shrinks(daemon: StartDaemon, features: int, what: str) -> None:
     """A frontend that cuts its files short loses its worker, and the log says why."""
-    running = daemon("unix", 2)
+    running = daemon("unix", 2, "--packed")
     with (
         boot(running, 1) as other,
         attach(running, 1) as watcher,
@@ -1204,7 +1204,7 @@ def test_resets_and_states_without_end(pair: Pair) -> None:
 
 @pytest.fixture
 def inband(daemon: StartDaemon) -> Daemon:
-    return daemon("unix", 1, "--inband")
+    return daemon("unix", 1, "--inband", "--packed")
 
 
 def test_inband_kicks_of_no_ring(inband: Daemon) -> None:

@@ -149,7 +149,7 @@ class Move:
 @pytest.fixture
 def two(daemon: StartDaemon) -> tuple[Daemon, Daemon]:
     """Give the daemon a guest is at, and the one it goes to."""
-    return daemon("unix"), daemon("unix", socket_path="d.sock")
+    return daemon("unix", 1, "--packed"), daemon("unix", 1, "--packed", socket_path="d.sock")
 
 
 Two = tuple[Daemon, Daemon]
@@ -223,6 +223,7 @@ def test_buffers_that_wait_in_the_rings_move_with_them(
         daemon(
             "unix",
             1,
+            "--packed",
             "--port",
             f"name=pipe,backend=unix,path={folder}/{name}.",
             socket_path=f"{name}.sock",

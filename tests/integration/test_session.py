@@ -268,6 +268,15 @@ def test_offers(pair: Pair) -> None:
         assert frontend.get_queue_num() == 4
 
 
+def test_packed_rings_are_offered_to_who_asked_for_them(pair: Pair, daemon: StartDaemon) -> None:
+    """Without --packed, which these tests' daemon has, all else is offered, and no packed rings."""
+    with (
+        Frontend(pair.daemon.sockets[0], timeout=WITHIN) as asked,
+        Frontend(daemon("unix").sockets[0], timeout=WITHIN) as plain,
+    ):
+        assert asked.get_features() ^ plain.get_features() == Feature.RING_PACKED
+
+
 # One frontend at a time
 
 

@@ -210,6 +210,6 @@ def test_every_byte_arrives_once_and_in_order(
     daemon: StartDaemon, folder: Path, packed: bool, blocking: bool
 ) -> None:
     path = str(folder / "generic")
-    served = daemon("unix", 1, "--port", f"name=generic,backend=unix,path={path}")
+    served = daemon("unix", 1, "--packed", "--port", f"name=generic,backend=unix,path={path}")
     data = f"{path}0" if blocking else served.data[0]
     run(Daemons, served, data, packed, blocking, examples=6, steps=15)

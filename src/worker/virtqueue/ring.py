@@ -16,9 +16,11 @@ from .packed import PackedQueue
 from .split import SplitQueue
 from .tracked import TrackedPackedQueue, TrackedSplitQueue
 
-#: What a device with these rings offers. IN_ORDER is kept by every user of a ring: it pushes what
-#: it popped in that order. RING_RESET is a stop and a start to a ring, as any other.
-RING_FEATURES = INDIRECT_DESC | EVENT_IDX | RING_PACKED | IN_ORDER | RING_RESET
+#: What a device with these rings offers, with RING_PACKED where it is asked for: Linux' console
+#: driver never suppresses a packed ring's calls, and takes one for every buffer. IN_ORDER is kept
+#: by every user of a ring: it pushes what it popped in that order. RING_RESET is a stop and a start
+#: to a ring, as any other.
+RING_FEATURES = INDIRECT_DESC | EVENT_IDX | IN_ORDER | RING_RESET
 
 
 class Ring(Protocol):

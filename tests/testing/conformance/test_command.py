@@ -275,7 +275,7 @@ def test_whoever_reads_has_had_enough(folder: Path) -> None:
 @pytest.mark.timeout(300)
 def test_this_daemon(daemon: StartDaemon, folder: Path) -> None:
     """Every statement holds for this daemon."""
-    running = daemon("unix", 1, "--inband")
+    running = daemon("unix", 1, "--inband", "--packed")
     done = command(
         folder, "check", running.sockets[0], "--data", running.data[0], "--json", "--timeout", "20",
         timeout=280,
