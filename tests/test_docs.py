@@ -12,6 +12,7 @@ import pytest
 from click import Command, Group
 from vhost_device_console import config
 from vhost_device_console.cli import cli
+from vhost_device_console.testing.conformance import STATEMENTS
 from vhost_device_console.worker.console.device import FEATURES
 from vhost_device_console.worker.vhost_user.session import Session
 from vhost_device_console.worker.virtqueue.features import RING_PACKED
@@ -93,6 +94,11 @@ def test_a_command_of_the_documents_is_one_that_there_is(arguments: list[str]) -
     while isinstance(command, Group) and arguments[0] in command.commands:
         command, arguments = command.commands[arguments[0]], arguments[1:]
     command.make_context("vhost-device-console", arguments)
+
+
+def test_the_document_counts_the_statements_that_there_are() -> None:
+    text = (ROOT / "docs/conformance.md").read_text()
+    assert set(re.findall(r"(\d+)\sstatements", text)) == {str(len(STATEMENTS))}
 
 
 def bits(heading: str, option: str = "") -> int:
