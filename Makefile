@@ -4,11 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCRIPTS := contrib/environment contrib/demo contrib/guest/fetch
 
-.PHONY: help demo test check bench dist clean format
+.PHONY: help demo test test-compiled check bench dist clean format
 
 help:
 	@echo 'make demo    boot a Linux guest with its console on this terminal (Ctrl-] q leaves)'
 	@echo 'make test    fetch guests and run the whole suite'
+	@echo 'make test-compiled  the same with the compiled core'
 	@echo 'make check   format, lint, types and import contracts'
 	@echo 'make format  put the code in the format that check wants'
 	@echo 'make bench   measure, beside the Rust vhost-device-console where it can be had'
@@ -23,6 +24,11 @@ test:
 	@$(PYTHON) contrib/environment test
 	@$(PYTHON) contrib/guest/fetch --all >&2 || true
 	@$(BIN)/pytest -n auto
+
+test-compiled:
+	@$(PYTHON) contrib/environment --compiled test
+	@$(PYTHON) contrib/guest/fetch --all >&2 || true
+	@build/compiled/bin/pytest -n auto
 
 check:
 	@$(PYTHON) contrib/environment check
@@ -39,9 +45,9 @@ format:
 	$(BIN)/ruff format . $(SCRIPTS)
 
 bench:
-	@$(PYTHON) contrib/environment bench
+	@$(PYTHON) contrib/environment --compiled bench
 	@$(PYTHON) contrib/guest/fetch --all >&2 || true
-	@$(BIN)/python benchmarks/run.py
+	@build/compiled/bin/python benchmarks/run.py
 
 dist:
 	@$(PYTHON) contrib/environment dist

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import __version__, config, tables
+from . import __version__, config, core, tables
 from .errors import ConfigError, ConsoleError
 from .tables import clean
 
@@ -201,7 +201,7 @@ class _Words(click.Choice):  # type: ignore[type-arg,unused-ignore]  # generic s
 )
 @click.option(_CAPABILITIES, is_flag=True, help="Print what this program is, as JSON, and exit.")
 @click.version_option(
-    __version__, "-V", "--version", prog_name=_NAME, message="%(prog)s %(version)s"
+    __version__, "-V", "--version", prog_name=_NAME, message=f"%(prog)s %(version)s ({core()})"
 )
 @click.pass_context
 def cli(ctx: click.Context, /, **options: Any) -> None:

@@ -7,6 +7,7 @@ not know the vhost-user protocol.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
@@ -27,7 +28,6 @@ from .config import Daemon, Guest, Nested, Port, PortTable, with_port, without_p
 from .endpoints import Endpoint, Endpoints, listen_unix
 from .errors import ConfigError, ConsoleError
 from .health import Decoder, Health, PortHealth
-from .rehearsal import rehearse
 from .supervision import Action, Event, State, Supervisor
 
 if TYPE_CHECKING:
@@ -48,8 +48,7 @@ _WANTED_FILES = 1 << 16
 
 _PIPE_READ = 1 << 16
 
-#: From so many guests on, what workers share is worth making ready.
-_REHEARSED = 8
+_PR_SET_MEMORY_MERGE = 67  # linux/prctl.h
 
 
 class _Terminal:
@@ -293,8 +292,7 @@ def serve(daemon: Daemon, *, run: Run = worker.run) -> int:
     0: stopped or done. 1: a guest was lost for good. Raises ConfigError, with nothing left behind,
     when a socket or another endpoint cannot be had.
     """
-    if len(daemon.guests) >= _REHEARSED:
-        rehearse()
+    _allow_merging()
     with ExitStack() as undo:
         return _Master(daemon, run, undo).serve()
 
@@ -644,6 +642,16 @@ def _cause(code: int) -> str:
     except ValueError:
         name = f"signal {-code}"
     return f"{name} (the frontend shrank its memory)" if -code == signal.SIGBUS else name
+
+
+def _allow_merging() -> None:
+    """Let the kernel keep one copy of what is the same in all workers, where the host wants that.
+
+    Most of a worker's memory is: pages it only counted references in. For a host that merges pages
+    (KSM, /sys/kernel/mm/ksm/run) every process must still say that it may be looked at, as QEMU
+    does for its guests' memory. Linux before 6.4 knows no such word, and nothing changes.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_MEMORY_MERGE, 1, 0, 0, 0)
 
 
 def _raise_file_limit() -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from vhost_device_console import __version__
+from vhost_device_console import __version__, core
 
 from launch import COMMAND, Daemon, Ports, command, environment
 
@@ -82,7 +82,12 @@ def test_help_does_not_load_what_only_the_daemon_needs() -> None:
 
 @pytest.mark.parametrize("option", ["-V", "--version"])
 def test_the_version_is_the_package_s(option: str, folder: Path) -> None:
-    assert command(folder, option).stdout == f"vhost-device-console {__version__}\n"
+    assert command(folder, option).stdout == f"vhost-device-console {__version__} ({core()})\n"
+
+
+def test_plain_python_can_be_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VHOST_DEVICE_CONSOLE_PURE", "1")
+    assert "(plain Python)" in command(folder, "--version").stdout
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,8 @@ class PackedQueue(ChainReader):
 
     def push(self, head: int, written: int) -> None:
         """Complete the oldest popped chain, `head`, with `written` bytes; not visible yet."""
+        if self._pushed == self.size:  # it made entries available again that it was not given back
+            raise GuestError(f"more buffers than the {self.size} descriptors can make")
         self._heads[self._pushed] = head
         self._lengths[self._pushed] = written
         self._pushed += 1

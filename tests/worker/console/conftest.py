@@ -64,7 +64,7 @@ class Queue:
         self.given.appendleft(self.popped.pop())
         assert self.given[0].head == head
 
-    def take(self, output: Output, most: int, limit: int, linger_ns: int) -> int:
+    def take(self, output: Output, most: int, limit: int, _linger_ns: int) -> int:
         self.held = 0
         taken = 0
         try:
