@@ -707,6 +707,13 @@ def test_workers_run_anywhere_unless_told(start: StartDaemon) -> None:
     assert os.sched_getaffinity(start().workers()[0]) == os.sched_getaffinity(0)
 
 
+def test_equal_memory_of_workers_may_be_merged(start: StartDaemon) -> None:
+    said = Path(f"/proc/{start().workers()[0]}/ksm_stat")
+    if not said.exists() or "ksm_merge_any" not in said.read_text():
+        pytest.skip("this kernel does not tell")
+    assert "ksm_merge_any: yes" in said.read_text()
+
+
 # The limit on processes
 
 
