@@ -1,9 +1,9 @@
 """Both ring formats in every mode, under a driver and a server that do at random what they may.
 
 The model is one list of every buffer ever offered, and how many of them were published, popped,
-pushed, used and reaped: each is a first part of the one before. All bytes of all buffers, and those
-between them, are compared after each step, and every page that changed is looked up in the dirty
-log while there is one. VDC_EXAMPLES=n tries more: see `budget`.
+pushed, used, and asked about or reaped: each is a first part of the one before. All bytes of all
+buffers, and those between them, are compared after each step, and every page that changed is looked
+up in the dirty log while there is one. VDC_EXAMPLES=n tries more: see `budget`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from budget import Machine, run
 from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
+from vhost_device_console.journal import Output
 from vhost_device_console.testing import Buffer, Chain, PackedDriver, RingDriver, SplitDriver
 from vhost_device_console.testing.packed import FRESH
 from vhost_device_console.testing.split import DESC_F_INDIRECT, DESC_F_WRITE
@@ -50,10 +51,16 @@ PIECES = [1, 0, 2, 15, 16, 100, PAGE - 1, PAGE, 5000]
 SOME = st.integers(0, 30)
 SEED = st.integers(0, 1 << 16)
 SHOW = ["notify", "publish", "hide"]
+SERVED = ["publish", "hide"]
 SHARES = [100, 99, 50, 1, 0]
 LOGGED = ["everything", "buffers", "nothing"]
 TAKE = ["go on", "sleep", "refuse calls"]
-TURNS = [*["offer", "serve", "take"] * 3, "kick", "want kicks", "refuse kicks", "ask early"]
+TURNS = [
+    *["offer", "serve", "move", "take"] * 3,
+    *["kick", "want kicks", "refuse kicks", "ask early"],
+]
+ROOM = [0, 1, 16, 200, 1 << 14, 1 << 20]  # in the journal, when buffers are moved there
+LINGER = [0, 0, 100, 2_000]  # nanoseconds; nobody comes meanwhile
 
 
 class Offered(NamedTuple):
@@ -74,6 +81,8 @@ class Rings(Machine):
         self.memory = GuestMemory(
             [map_region(fd, *region) for region, fd in self.guest.regions()],
         )
+        ring, words = memoryview(bytearray(1 << 16)), memoryview(bytearray(64))
+        self.output = Output(ring, words.cast("Q"))
         self.log: DirtyLog | None = None
         self.log_fd: int | None = None
         self.log_own = False
@@ -105,7 +114,8 @@ class Rings(Machine):
     def forget(self) -> None:
         """Begin as a ring that is new."""
         self.offered: list[Offered] = []
-        self.published = self.popped = self.pushed = self.used = self.reaped = 0
+        self.published = self.popped = self.pushed = self.used = self.asked = self.reaped = 0
+        self.told = 0  # so far the driver may have said that it wants no call
         self.fetched = 0  # as popped, but with a predecessor's that were left in flight
         self.notified = 0
         self.begun_at = self.driver.base
@@ -114,6 +124,7 @@ class Rings(Machine):
         self.kick_at: int | bool = 0 if self.event_idx and not self.packed else True
         # The call that the driver has asked for, likewise.
         self.call_at: int | bool = 0 if self.event_idx else True
+        self.calls = True  # an event index moves on with what was taken, unless calls are refused
         self.driver_sleeps = False
 
     def make_driver(self, size: int, start: int, before: int) -> RingDriver:
@@ -277,21 +288,25 @@ class Rings(Machine):
             written = bytes(offered.data) if self.writable else b""
             assert (used.length, used.data) == (len(written), written)
         self.reaped = self.used
-        if done and self.event_idx and self.call_at is not False:
+        if done and self.event_idx and self.calls:
             self.call_at = self.ends[self.reaped]
         if then == "sleep":
             assert not self.driver.enable_calls()
+            self.calls = True
             self.call_at = self.ends[self.reaped] if self.event_idx else True
             self.driver_sleeps = True
         elif then == "refuse calls":
             self.driver.disable_calls()
-            self.call_at = False
-            self.driver_sleeps = False
+            # Where there is no word for that, by naming the one entry that it took last.
+            by_entry = self.event_idx and not self.packed
+            self.call_at = self.ends[self.reaped] - 1 if by_entry else False
+            self.calls = self.driver_sleeps = False
 
     @rule()
     def ask_early(self) -> None:
         """Ask for calls without having taken what is there: then there may be none for that."""
         more = self.driver.enable_calls()
+        self.calls = True
         assert more == (self.reaped < self.used)
         self.call_at = self.ends[self.reaped] if self.event_idx else True
         self.driver_sleeps = not more
@@ -321,24 +336,24 @@ class Rings(Machine):
 
     @rule(
         count=st.integers(1, 20),
-        back=st.booleans(),
+        back=st.integers(0, 4),
         keep=st.integers(0, 2),
         share=st.sampled_from(SHARES),
-        then=st.sampled_from(["publish", "hide"]),
+        then=st.sampled_from(SERVED),
     )
-    def serve(self, count: int, back: bool, keep: int, share: int, then: str) -> None:
-        """Pop up to `count` buffers, put one `back`, complete all but `keep` popped ones.
+    def serve(self, count: int, back: int, keep: int, share: int, then: str) -> None:
+        """Pop up to `count` buffers, put so many `back`, complete all but `keep` popped ones.
 
         Each is filled to that `share` of its room.
         """
         before, again = self.popped, self.fetched
         while self.popped < before + count and self.pop():
             pass
-        if back and self.popped > before:
+        while back and self.popped > before:
+            back -= 1
             self.popped -= 1
             self.queue.unpop(self.taken.pop(self.popped).head)
-            if self.popped >= again:
-                self.fetched = self.popped
+            self.fetched = max(again, self.popped)
         for at in range(self.pushed, max(self.pushed, self.popped - keep)):
             self.push(at, share)
         if then == "publish":
@@ -393,13 +408,52 @@ class Rings(Machine):
         """Let the driver see what was pushed, and call it if it wants that."""
         with self.writes() as pages:
             called = self.queue.publish()
-        old, new = self.ends[self.used], self.ends[self.pushed]
-        self.check_notified(called, self.call_at, old, new)
-        self.used = self.pushed
+        old, new = self.ends[self.asked], self.ends[self.pushed]
+        self.check_notified(called, self.call_at, old if called else max(old, self.told), new)
+        self.used = self.asked = self.pushed
         if called:
             self.driver_sleeps = False
         self.marked(self.owed | pages)
         self.owed.clear()
+
+    @precondition(lambda self: not self.writable and self.popped == self.pushed)
+    @rule(most=st.integers(1, 40), room=st.sampled_from(ROOM), linger=st.sampled_from(LINGER))
+    def move(self, most: int, room: int, linger: int) -> None:
+        """Move up to `most` buffers, of `room` bytes in all, into the journal; then mostly call."""
+        output, began = self.output, self.output.head
+        with self.writes() as pages:
+            count = self.queue.take(output, most, began + room, linger)
+        offered = self.offered[self.popped : self.published]
+        data = b"".join(each.data for each in offered[:count])
+        assert output.head - began == len(data) <= room
+        kept = min(len(data), output.size)
+        assert output.copy(output.head - kept) == data[len(data) - kept :]
+        self.popped += count
+        self.pushed = self.used = self.popped
+        self.fetched = max(self.fetched, self.popped)
+        if count:
+            self.device_sleeps = False
+        self.marked(self.owed | pages)
+        self.owed.clear()
+        first = self.first_to_call_for()
+        if self.queue.held:
+            assert self.queue.held == offered[count].size > room - len(data)
+        elif count < min(most, len(offered)):
+            assert first is not None, "it left buffers though nobody waits for a call"
+        self.told = max(self.told, self.ends[self.used] if first is None else first)
+        if most % 4:
+            self.publish_used()
+
+    def first_to_call_for(self) -> int | None:
+        """Return the first entry in use for which the driver wants a call and had none, if any.
+
+        It may have been asked about those before, and not be asked again.
+        """
+        old, new = self.ends[self.asked], self.ends[self.used]
+        at = self.call_at
+        if isinstance(at, bool):
+            return old if at and old != new else None
+        return at if old <= at < new else None
 
     @rule()
     def want_kicks(self) -> None:
@@ -437,9 +491,9 @@ class Rings(Machine):
                         rng.choice([0, 0, 1, 2]),
                         rng.choice(SHARES),
                     )
-                    self.serve(
-                        count, rng.random() < 0.2, keep, share, rng.choice(["publish", "hide"])
-                    )
+                    self.serve(count, rng.choice([0] * 8 + [1, 3]), keep, share, rng.choice(SERVED))
+                case "move" if not self.writable and self.popped == self.pushed:
+                    self.move(rng.randint(1, 40), rng.choice(ROOM), rng.choice(LINGER))
                 case "take":
                     self.take(rng.choice(TAKE))
                 case "kick":
@@ -458,7 +512,7 @@ class Rings(Machine):
         for _ in range(2):
             self.driver.publish()
             self.published = len(self.offered)
-            self.serve(len(self.offered), False, 0, 100, "publish")
+            self.serve(len(self.offered), 0, 0, 100, "publish")
             self.take("go on")
         assert self.driver.in_flight == 0
         self.guest.check()
@@ -482,6 +536,8 @@ class Rings(Machine):
         After a crash with an area for what is in flight, that says where; what the frontend says
         may be as old as the ring.
         """
+        if self.asked < self.used:
+            self.publish_used()
         index = self.queue.index
         if crash and self.area:
             self.map_area()
@@ -570,7 +626,7 @@ class Rings(Machine):
 
     @invariant()
     def nobody_sleeps_while_there_is_something(self) -> None:
-        assert not (self.driver_sleeps and self.driver.has_used())
+        assert not (self.driver_sleeps and self.driver.has_used() and self.asked == self.used)
 
 
 @pytest.mark.parametrize("in_order", [0, IN_ORDER], ids=["any order", "in order"])
