@@ -708,6 +708,23 @@ def test_a_guest_that_waits_is_called_instead_of_lingered_for(
 
 @KINDS
 @MODES
+def test_a_guest_that_waits_is_called_before_all_is_taken(
+    taker: MakeTaker, kind: Kind, event_idx: int
+) -> None:
+    """So that it wakes up while this side goes on."""
+    r = taker(kind, event_idx, size=64)
+    assert not r.driver.enable_calls()
+    r.write(*[b"x"] * 64)
+    assert 0 < r.take() < 64
+    assert r.side.queue.publish()
+    r.driver.reap()
+    while r.side.queue.ready():
+        r.take()
+    r.check()
+
+
+@KINDS
+@MODES
 def test_a_guest_that_waits_is_called_without_lingering_too(
     taker: MakeTaker, kind: Kind, event_idx: int
 ) -> None:
