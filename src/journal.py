@@ -53,7 +53,7 @@ class Output:
         self.size = len(ring)
         self.head: int = words[_OUT_HEAD]
         self._origin: int = words[_OUT_ORIGIN]
-        self._ring = ring
+        self._ring = self._view = ring
         self._mask = self.size - 1
         self._words = words
 
@@ -107,7 +107,7 @@ class Output:
         `offset` must be from `tail` to `head`.
         """
         at = offset & self._mask
-        return self._ring[at : min(at + self.head - offset, self.size)]
+        return self._view[at : min(at + self.head - offset, self.size)]
 
 
 class Reader:

@@ -11,7 +11,7 @@ cdef unsigned int _EVENT_DESC
 cdef unsigned int _FLAGS
 cdef unsigned int _WRAP
 cdef unsigned int _ENTRY
-cdef unsigned int _INDEX
+cdef unsigned long long _INDEX
 cdef unsigned long long _LOW32
 
 
@@ -56,7 +56,7 @@ cdef class PackedQueue(ChainReader):
         first=cython.ulonglong,
         skipped=cython.long,
         index=cython.long,
-        head=cython.uint,
+        head=cython.ulonglong,
         written=cython.ulonglong,
         word=cython.ulonglong,
         count=cython.long,

@@ -234,7 +234,9 @@ class PackedQueue(ChainReader):
         skipped = 0
         for index in range(self._pushed):
             head, written = self._heads[index], self._lengths[index]
-            word = written | (head & _INDEX) << 32 | (lap | WRITE if written else lap) << 48
+            word = written | (head & _INDEX) << 32 | lap << 48
+            if written:
+                word |= WRITE << 48
             if index:
                 desc[2 * at + 1] = word
             else:

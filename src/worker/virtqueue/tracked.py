@@ -16,6 +16,8 @@ _AVAIL = 1 << 7
 _WRAP = 1 << 15
 _INDEX = 0xFFFF
 
+# Parents are named where they are called by a method that tracked.pxd has: `super` is not compiled.
+
 
 class TrackedSplitQueue(SplitQueue):
     """A split ring whose chains in flight are in `state`; the rest is as in `SplitQueue`."""
@@ -39,7 +41,7 @@ class TrackedSplitQueue(SplitQueue):
 
     def ready(self) -> bool:
         """Say whether `pop` has something to look at."""
-        return bool(self._again) or super().ready()
+        return bool(self._again) or SplitQueue.ready(self)
 
     def pop(self) -> Chain | None:
         """Return the next buffer; see `SplitQueue.pop`."""
@@ -72,7 +74,7 @@ class TrackedSplitQueue(SplitQueue):
         super().push(head, written)
 
     def _expose(self) -> None:
-        super()._expose()
+        SplitQueue._expose(self)
         if self._batch:
             self._state.completed(self._batch, self._published)
             self._batch.clear()
@@ -118,7 +120,7 @@ class TrackedPackedQueue(PackedQueue):
 
     def ready(self) -> bool:
         """Say whether `pop` has something to look at."""
-        return bool(self._again) or super().ready()
+        return bool(self._again) or PackedQueue.ready(self)
 
     def _walk(self, entries: list[tuple[int, int]]) -> Chain:
         self._walked = entries
@@ -166,7 +168,7 @@ class TrackedPackedQueue(PackedQueue):
             at, wrap = at - self.size, not wrap
         place = at | wrap << 15
         self._state.completing(self._batch, place)
-        super()._expose()
+        PackedQueue._expose(self)
         self._state.completed(self._batch, place)
         self._batch.clear()
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pytest
 from rings import MakeSides, Sides, data_of
+from vhost_device_console import core
 from vhost_device_console.errors import GuestError, RefusedError
 from vhost_device_console.testing import Buffer, GuestMemory, PackedDriver
 from vhost_device_console.testing.packed import EVENT_DESC, EVENT_DISABLE, EVENT_ENABLE
@@ -263,6 +264,7 @@ class _Stores:
         self.view[at] = value
 
 
+@pytest.mark.skipif(core() != "plain Python", reason="no store of a compiled ring can be watched")
 def test_the_first_used_descriptor_of_a_batch_is_stored_last(
     ring: MakeSides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
