@@ -74,7 +74,7 @@ class TrackedSplitQueue(SplitQueue):
         super().push(head, written)
 
     def _expose(self) -> None:
-        SplitQueue._expose(self)
+        SplitQueue._expose(self)  # noqa: SLF001
         if self._batch:
             self._state.completed(self._batch, self._published)
             self._batch.clear()
@@ -168,7 +168,7 @@ class TrackedPackedQueue(PackedQueue):
             at, wrap = at - self.size, not wrap
         place = at | wrap << 15
         self._state.completing(self._batch, place)
-        PackedQueue._expose(self)
+        PackedQueue._expose(self)  # noqa: SLF001
         self._state.completed(self._batch, place)
         self._batch.clear()
 
