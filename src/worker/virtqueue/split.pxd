@@ -36,6 +36,7 @@ cdef class SplitQueue(ChainReader):
         position=cython.uint,
         known=cython.uint,
         pushed=cython.uint,
+        done=cython.uint,
         head=cython.uint,
         word=cython.ulonglong,
         count=cython.longlong,

@@ -91,10 +91,9 @@ class SplitQueue(ChainReader):
         position = self._next
         if position == self._known:
             known = self._avail[1]
-            if (known - position) & _INDEX > self.size:
-                raise GuestError(
-                    f"available index {known} is more than {self.size} ahead of {position}"
-                )
+            done = self._published
+            if (known - done) & _INDEX > self.size:
+                raise GuestError(f"available index {known} is more than {self.size} ahead of {done}")
             if known == position:
                 return None
             self._known = known
@@ -144,11 +143,12 @@ class SplitQueue(ChainReader):
         source, start, room = self._bytes, self._start, self._room
         largest = min(self._inline, output.size)
         position, known, pushed = self._next, self._known, self._pushed
+        done = self._published
         moved = 0
         while moved < most:
             if position == known:
                 known = avail[1]
-                if (known - position) & _INDEX > size:
+                if (known - done) & _INDEX > size:
                     known = position  # `pop` says what is wrong
                 if known == position:
                     break
