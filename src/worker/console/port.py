@@ -195,9 +195,10 @@ class Port:
     @property
     def holder(self) -> Watcher | None:
         """The reader whose pace a full journal keeps, if any."""
-        return next(
-            (watcher for watcher in self.watchers if self.blocking or not watcher.stuck), None
-        )
+        for watcher in self.watchers:
+            if self.blocking or not watcher.stuck:
+                return watcher
+        return None
 
     def _limit(self) -> int:
         """Return the offset that output may not pass for now; there is none where the oldest go."""
@@ -341,11 +342,9 @@ class Port:
         self._received = count
         filled = used == len(chains) and left == 0
         self._share = min(4 * used, _MOST_AT_ONCE) if filled else max(used, 1)
-        for chain in chains[: used - 1]:
-            queue.push(chain.head, chain.size)
-        if used:
-            last = chains[used - 1]
-            queue.push(last.head, last.size + left)
+        for chain in chains[:used]:
+            last = chain is chains[used - 1]
+            queue.push(chain.head, chain.size + left if last else chain.size)
         if count:
             # In this order: a worker killed in between leaves no bytes that never were in the ring.
             self.input.consume(count)

@@ -95,6 +95,21 @@ def test_any_chunks_arrive_in_any_buffers_exactly(port: Port, queue: Queue) -> N
     assert used + port.input.copy() + typist.data == sent[:at]
 
 
+@pytest.mark.parametrize("nothing", [None, 0])
+def test_a_read_that_finds_nothing_uses_no_buffer(
+    port: Port, queue: Queue, nothing: int | None
+) -> None:
+    direct(port, queue)
+    for _ in range(8):  # until several buffers are offered at a time
+        queue.room(4)
+        port.receive(Typist(pattern(4)).read)
+    for _ in range(8):
+        queue.room(4)
+    used = len(queue.used)
+    assert port.receive(lambda _: nothing) == nothing
+    assert (len(queue.used), len(queue.given)) == (used, 8)
+
+
 def test_nothing_overtakes_what_waits_in_the_ring(port: Port, queue: Queue) -> None:
     port.input.feed(b"first ")
     direct(port, queue)
