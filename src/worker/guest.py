@@ -189,7 +189,7 @@ class Guest:
     def run(self) -> None:
         """Serve until told to end, left by the user, or without master or `--fd` frontend."""
         self._report.send()
-        self._poller.run(self._drain, self._flush, self._queues.look, self._queues.arm)
+        self._poller.run(self._drain, self._flush, self._look, self._queues.arm)
 
     def close(self) -> None:
         """Give back everything: the frontend, the clients, the terminal's modes."""
@@ -207,8 +207,14 @@ class Guest:
     # The loop's three kinds of work
 
     def _drain(self, linger_ns: int) -> int:
+        return self._work(partial(self._queues.drain, linger_ns))
+
+    def _look(self, until_ns: int, linger_ns: int) -> int:
+        return self._work(partial(self._queues.look, until_ns, linger_ns))
+
+    def _work(self, work: Callable[[], bool]) -> int:
         try:
-            worked = self._queues.drain(linger_ns)
+            worked = work()
         except FrontendError as error:
             self._frontend.fail(error)
             return 1

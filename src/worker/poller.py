@@ -30,7 +30,7 @@ _LONGEST_WAIT_NS = 200_000
 _PAUSE_NS = 20_000
 
 #: More bytes than this are passed on at once.
-_LIGHT = 4096
+_LIGHT = 32768
 
 #: How long file descriptors and timers may wait.
 _DISPATCH_NS = 50_000
@@ -185,21 +185,21 @@ class Poller:
         self,
         drain: Callable[[int], int],
         flush: Callable[[], bool],
-        look: Callable[[int], bool],
+        look: Callable[[int, int], int],
         arm: Callable[[], bool],
     ) -> None:
         """Work until `stop`: see the module's head for the four callables.
 
         `drain` gets the nanoseconds for which it may look for more and returns how many bytes wait
-        to be passed on, at least 1 when it did anything; `look` gets the time on the monotonic
-        clock until which it may look.
+        to be passed on, at least 1 when it did anything. `look` does the same once there is
+        something, and gets before that the time on the monotonic clock until which it may wait.
         """
         flushed = dispatched = 0
-        waiting = 0
+        waiting = found = 0
         while not self._stopped:
-            now = monotonic_ns()
-            streaming = now - flushed < _LONGEST_WAIT_NS
-            moved = drain(self._pause if streaming else 0)
+            streaming = monotonic_ns() - flushed < _LONGEST_WAIT_NS
+            moved = found or drain(self._pause if streaming else 0)
+            found = 0
             if moved and moved < _LIGHT and streaming:
                 waiting = moved
                 continue
@@ -213,16 +213,18 @@ class Poller:
             elif flush() or self._again:
                 self._again = False
                 self._dispatch(0)
-            elif not self._look(look) and not arm():
-                self._sleep()
+            else:
+                found = self._look(look)
+                if not found and not arm():
+                    self._sleep()
 
-    def _look(self, look: Callable[[int], bool]) -> bool:
+    def _look(self, look: Callable[[int, int], int]) -> int:
         if not self._window:
-            return False
-        if not look(monotonic_ns() + self._window):
-            return False
-        self._window = min(2 * self._window, self._most_window)
-        return True
+            return 0
+        found = look(monotonic_ns() + self._window, self._pause)
+        if found:
+            self._window = min(2 * self._window, self._most_window)
+        return found
 
     def _sleep(self) -> None:
         before = monotonic_ns()

@@ -241,10 +241,11 @@ class Queues:
         except FrontendError as error:
             self._fault = error  # the next `drain` tells
 
-    def look(self, until_ns: int) -> bool:
-        """Look until then for a buffer that would be of use; return whether there is one."""
-        rings = [q.ring for q in self._running if q.ring is not None and q.work.starving()]
-        return look(rings, until_ns)
+    def look(self, until_ns: int, linger_ns: int = 0) -> bool:
+        """Look until then for a buffer that would be of use, and serve its queue; else as `drain`."""
+        queues = [queue for queue in self._running if queue.ring and queue.work.starving()]
+        at = look([queue.ring for queue in queues if queue.ring], until_ns)
+        return at >= 0 and self._serve(queues[at], partial(queues[at].work.serve, linger_ns))
 
     def arm(self) -> bool:
         """Ask for kicks where buffers would be of use; return whether there is one already."""

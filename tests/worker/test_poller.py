@@ -41,7 +41,7 @@ def run(
     poller: Poller,
     drain: Callable[[int], int] = no,
     flush: Callable[[], bool] = no,
-    look: Callable[[int], bool] = no,
+    look: Callable[[int, int], int] = no,
     arm: Callable[[], bool] = no,
 ) -> None:
     """Run until something stops the loop; fail if nothing does."""
@@ -455,10 +455,10 @@ def looks_a_round(clock: Clock, window_us: int, sleeps_us: int, rounds: int) -> 
     read, write = os.pipe()
     looks = [0]
 
-    def look(until: int) -> bool:
+    def look(until: int, _: int) -> int:
         looks[-1] += until - clock.now
         clock.now = until
-        return False
+        return 0
 
     def woken(_: int) -> None:
         clock.now += sleeps_us * 1000
@@ -492,30 +492,29 @@ def test_no_window_is_no_look(clock: Clock) -> None:
 
 def test_work_within_the_window_is_found_without_sleep() -> None:
     poller = Poller(50)
-    found = False
+    passed_on: list[str] = []
 
-    def drain(_: int) -> int:
-        if found:
-            poller.stop()
-        return found
+    def look(_until: int, _linger: int) -> int:
+        poller.stop()
+        return 1
 
-    def look(_: int) -> bool:
-        nonlocal found
-        found = True
-        return True
+    def flush() -> bool:
+        passed_on.append("flush")
+        return False
 
-    poller.run(drain, no, look, lambda: pytest.fail("it went to sleep"))
+    poller.run(no, flush, look, lambda: pytest.fail("it went to sleep"))
     poller.close()
+    assert passed_on
 
 
 def test_where_an_answer_is_likely_the_whole_window_is_looked_through(clock: Clock) -> None:
     poller = Poller(50)
     looks: list[int] = []
 
-    def look(until: int) -> bool:
+    def look(until: int, _: int) -> int:
         looks.append(until - clock.now)
         poller.stop()
-        return True
+        return 1
 
     poller.expect()
     poller.run(no, no, look, no)
@@ -575,7 +574,7 @@ def test_a_pause_passes_small_output_on(clock: Clock) -> None:
 
 
 def test_much_output_is_passed_on_at_once(clock: Clock) -> None:
-    assert len(flushes(clock, [16, 8192, 8192, 8192], 5)) == 4
+    assert len(flushes(clock, [16, *[1 << 16] * 3], 5)) == 4
 
 
 # Crowds

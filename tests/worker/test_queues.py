@@ -172,7 +172,7 @@ def test_a_log_that_was_cut_off_is_told_by_the_next_drain(scene: Scene, how: str
         else:
             os.eventfd_write(scene.kick, 1)
             scene.poller.run(
-                stop_after(scene.poller), lambda: False, lambda _: False, lambda: False
+                stop_after(scene.poller), lambda: False, lambda *_: False, lambda: False
             )
         with pytest.raises(FrontendError, match="dirty log"):
             scene.queues.drain()
@@ -351,7 +351,7 @@ def look_often(poller: Poller) -> None:
             poller.stop()
         return True
 
-    poller.run(lambda _: 0, flush, lambda _: False, lambda: False)
+    poller.run(lambda _: 0, flush, lambda *_: False, lambda: False)
 
 
 @READY_FOR_EVER
@@ -459,5 +459,5 @@ def test_a_full_channel_is_written_when_there_is_room_again(scene: Scene) -> Non
 
         guard = scene.poller.timer(scene.poller.stop)
         guard.start(20)
-        scene.poller.run(listen, lambda: False, lambda _: False, lambda: False)
+        scene.poller.run(listen, lambda: False, lambda *_: False, lambda: False)
         assert heard == bytes.fromhex("02000000 01000000 00000000")

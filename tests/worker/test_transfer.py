@@ -50,7 +50,7 @@ class Scene:
 
         guard = self.poller.timer(never)
         guard.start(GUARD_S)
-        self.poller.run(look, lambda: False, lambda _: False, lambda: False)
+        self.poller.run(look, lambda: False, lambda *_: False, lambda: False)
         guard.stop()
 
 

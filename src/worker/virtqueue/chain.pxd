@@ -55,5 +55,5 @@ cdef class ChainReader:
     cpdef bint _asks_for_call(self) except *
 
 
-@cython.locals(ring=ChainReader)
-cpdef bint look(list rings, long long until_ns) except *
+@cython.locals(ring=ChainReader, at=cython.int)
+cpdef int look(list rings, long long until_ns) except -2

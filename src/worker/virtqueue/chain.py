@@ -279,13 +279,13 @@ class ChainReader:
         raise NotImplementedError
 
 
-def look(rings: Sequence[Watched], until_ns: int) -> bool:
-    """Look until then, on the monotonic clock, whether one is `ready`; return whether one is."""
+def look(rings: Sequence[Watched], until_ns: int) -> int:
+    """Look until then, on the monotonic clock, for one that is `ready`; return where, -1: none."""
     while rings:
         for _ in range(_LOOKS):
-            for ring in rings:
+            for at, ring in enumerate(rings):
                 if ring.ready():
-                    return True
+                    return at
         if monotonic_ns() >= until_ns:
             break
-    return False
+    return -1

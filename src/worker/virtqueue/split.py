@@ -93,7 +93,9 @@ class SplitQueue(ChainReader):
             known = self._avail[1]
             done = self._published
             if (known - done) & _INDEX > self.size:
-                raise GuestError(f"available index {known} is more than {self.size} ahead of {done}")
+                raise GuestError(
+                    f"available index {known} is more than {self.size} ahead of {done}"
+                )
             if known == position:
                 return None
             self._known = known
