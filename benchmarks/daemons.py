@@ -23,6 +23,9 @@ PEER_CRATE = "vhost-device-console"
 #: The largest time, in seconds, for a daemon to listen or to end.
 PATIENCE = 30.0
 
+#: Where Linux' merging of equal pages is asked for and told about.
+KSM = Path("/sys/kernel/mm/ksm")
+
 #: What makes our daemon leave its compiled core alone.
 PURE = {"VHOST_DEVICE_CONSOLE_PURE": "1"}
 
@@ -276,6 +279,28 @@ def _fields(rollup: str) -> dict[str, int]:
 
 
 @contextlib.contextmanager
+def merging() -> Iterator[None]:
+    """Let the kernel merge equal pages (KSM) in the block, as its administrator could for good."""
+    wanted = {"pages_to_scan": "5000", "run": "1"}
+    before = {name: (KSM / name).read_text() for name in wanted}
+    try:
+        for name, value in wanted.items():
+            (KSM / name).write_text(value)
+        yield
+    finally:
+        for name, value in before.items():
+            (KSM / name).write_text(value)
+
+
+def wait_until_merged() -> None:
+    """Wait until the kernel has looked at every page three times, from now on."""
+    deadline = time.monotonic() + 2 * PATIENCE
+    last = int((KSM / "full_scans").read_text()) + 4
+    while int((KSM / "full_scans").read_text()) < last and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
 def on(cpus: set[int]) -> Iterator[None]:
     """Let what is started in the block run on `cpus`."""
     mine = os.sched_getaffinity(0)
@@ -287,14 +312,16 @@ def on(cpus: set[int]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def started(side: Side, folder: Path, guests: int, cpus: set[int]) -> Iterator[Daemon]:
+def started(
+    side: Side, folder: Path, guests: int, cpus: set[int], *options: str
+) -> Iterator[Daemon]:
     """Start a daemon for `guests` guests with TCP ports, on `cpus`; wait for nothing.
 
     It is gone with all its processes when the block ends.
     """
     with tempfile.TemporaryDirectory(dir=folder) as home:
         socket, port, log = f"{home}/con.sock", _ports.take(guests), Path(home, "log")
-        names = ("-s", socket, "-c", str(guests), "-b", "network", "-p", str(port))
+        names = ("-s", socket, "-c", str(guests), "-b", "network", "-p", str(port), *options)
         # Its monitor socket lies there too, and is found there.
         environment = {**os.environ, **side.environment, "XDG_RUNTIME_DIR": home}
         with log.open("wb") as output, on(cpus):
@@ -314,12 +341,14 @@ def started(side: Side, folder: Path, guests: int, cpus: set[int]) -> Iterator[D
 
 
 @contextlib.contextmanager
-def running(side: Side, folder: Path, guests: int, cpus: set[int]) -> Iterator[Daemon]:
+def running(
+    side: Side, folder: Path, guests: int, cpus: set[int], *options: str
+) -> Iterator[Daemon]:
     """Start a daemon as `started` does, ready to be connected to when the block begins.
 
     Raises BenchmarkError when it does not listen in time.
     """
-    with started(side, folder, guests, cpus) as daemon:
+    with started(side, folder, guests, cpus, *options) as daemon:
         _wait_until_listening(daemon, guests)
         _wait_until_at_rest(daemon)
         yield daemon

@@ -258,6 +258,8 @@ def _memory() -> Iterator[Row]:
     for guests in FOOTPRINTS[1:]:
         yield Row(f"each further one, up to {guests}: PSS, KiB", f"pss_mib {guests}", "value")
         yield Row("… private dirty, KiB", f"private_mib {guests}", "value")
+    title = f"{FOOTPRINTS[-1]} connected, equal pages merged by the host: PSS each, KiB"
+    yield Row(title, "merged", "pss_kib_each")
 
 
 CURVES = (
@@ -394,6 +396,7 @@ def _targets() -> Iterator[Target]:
     yield Target(IDLE[0], 0)
     yield Target(IDLE[1], 1)
     yield Target(_row(MEMORY, "pss_mib 64", "value"), 700, side="debian")
+    yield Target(_row(MEMORY, "merged", "pss_kib_each"), 700, side="debian")
     yield Target(MANY[0], 50)
     yield Target(MANY[1], 0)
     yield Target(MANY[3], 3)

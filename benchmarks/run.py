@@ -34,9 +34,11 @@ from daemons import (
     find_debian,
     find_ours,
     find_peer,
+    merging,
     running,
     started,
     version,
+    wait_until_merged,
 )
 from rows import CURVES, FOOTPRINTS, Cells, Record
 
@@ -198,6 +200,22 @@ class Bench:
             for name in ("ours", "debian", "peer"):
                 self._keep(f"memory {guests}", name, measure)
 
+    def measure_merged(self, guests: int) -> None:
+        """Measure the same on a host that merges equal pages; only ours says that it may."""
+
+        def measure(side: Side) -> Record:
+            with (
+                merging(),
+                running(side, self.folder, guests, self.layout.daemon) as daemon,
+                self._idle_guests(daemon, guests),
+            ):
+                wait_until_merged()
+                return {"pss_kib_each": daemon.memory().pss * 1024 / guests}
+
+        if not self._skips("merged"):
+            for name in ("ours", "debian"):
+                self._keep("merged", name, measure)
+
     def measure_idle(self, guests: int, seconds: float) -> None:
         """Watch `guests` guests that do nothing; both sides in the same time, being at rest."""
         if self._skips("idle"):
@@ -268,7 +286,8 @@ class Bench:
         self._add(cell, name, record)
 
     def _measure(self, side: Side, cell: Cell, seconds: float) -> Record:
-        with running(side, self.folder, cell.guests, self.layout.daemon) as daemon:
+        options = ("--packed",) if "--packed" in cell.arguments else ()
+        with running(side, self.folder, cell.guests, self.layout.daemon, *options) as daemon:
             before = daemon.cpu_seconds()
 
             def begun() -> None:
@@ -393,7 +412,7 @@ class Others:
         return 100 * foreign / (time.monotonic() - self._begin) / (os.cpu_count() or 1)
 
 
-def measure_all(bench: Bench, rounds: int, quick: bool) -> int:
+def measure_all(bench: Bench, rounds: int, quick: bool, merge: bool) -> int:
     """Run every cell `rounds` times, the sides in turn, if there is time; return how often."""
     seconds, begin, longest = 0.2 if quick else 0.6, time.monotonic(), 0.0
     for index in range(rounds):
@@ -409,6 +428,8 @@ def measure_all(bench: Bench, rounds: int, quick: bool) -> int:
         if index % 2 == 0 and not (quick and index):
             for count in FOOTPRINTS:
                 bench.measure_memory(count)
+            if merge:
+                bench.measure_merged(FOOTPRINTS[-1])
             bench.measure_start(256)
             for cell in () if quick else GROWTH:
                 bench.measure(cell, seconds / 2)
@@ -443,6 +464,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="rounds of every cell (default 5, quick 2)")
     parser.add_argument("--peer", help="the Rust daemon's program (default $VDC_PEER, or cargo)")
     parser.add_argument("--only", default="", help="only cells with this in their name; no files")
+    parser.add_argument(
+        "--merge",
+        action="store_true",
+        help="as root: measure memory with the kernel's merging of pages (KSM) switched on, too",
+    )
     options = parser.parse_args()
     rounds = options.rounds or (2 if options.quick else 5)
     if rounds < 1:
@@ -462,7 +488,7 @@ def main() -> int:
     machine = describe_machine(layout)
     with tempfile.TemporaryDirectory(prefix="vdc", dir="/tmp") as folder:
         bench = Bench(frontend, sides, layout, Path(folder), options.only)
-        rounds = measure_all(bench, rounds, options.quick)
+        rounds = measure_all(bench, rounds, options.quick, options.merge)
         if not options.quick:
             bench.measure_guests(min(rounds, GUEST_ROUNDS))
     machine["others_percent"] = round(others.percent(), 1)

@@ -25,6 +25,9 @@ HUP = select.EPOLLHUP | select.EPOLLERR
 
 _FIRST_WINDOW_NS = 10_000
 
+#: The window for an answer, in usual ones: a guest that sleeps must wake up for it.
+_ANSWERS = 4
+
 # How long flushing may wait while work goes on, and how long a pause ends that.
 _LONGEST_WAIT_NS = 200_000
 _PAUSE_NS = 20_000
@@ -109,6 +112,8 @@ class Poller:
         self._window = min(_FIRST_WINDOW_NS, self._most_window)
         self._pause = min(_PAUSE_NS, self._most_window)
         self._crowd = _Crowd()
+        self._expected = False
+        self._dispatched = 0  # when descriptors were looked at last
         self._again = False
         self._stopped = False
         self._signals: dict[int, Callable[[], None]] = {}
@@ -174,12 +179,11 @@ class Poller:
         self._stopped = True
 
     def expect(self) -> None:
-        """Look for the whole window before the next sleep: an answer is likely.
+        """Look longer than ever before the next sleep: an answer is likely.
 
         More to answer may be there already, so descriptors are looked at before.
         """
-        self._window = self._most_window
-        self._again = True
+        self._again = self._expected = True
 
     def run(
         self,
@@ -194,8 +198,7 @@ class Poller:
         to be passed on, at least 1 when it did anything. `look` does the same once there is
         something, and gets before that the time on the monotonic clock until which it may wait.
         """
-        flushed = dispatched = 0
-        waiting = found = 0
+        flushed = waiting = found = 0
         while not self._stopped:
             streaming = monotonic_ns() - flushed < _LONGEST_WAIT_NS
             moved = found or drain(self._pause if streaming else 0)
@@ -207,8 +210,7 @@ class Poller:
                 waiting = 0
                 flush()
                 flushed = monotonic_ns()
-                if flushed - dispatched > _DISPATCH_NS:
-                    dispatched = flushed
+                if flushed - self._dispatched > _DISPATCH_NS:
                     self._dispatch(0)
             elif flush() or self._again:
                 self._again = False
@@ -219,11 +221,15 @@ class Poller:
                     self._sleep()
 
     def _look(self, look: Callable[[int, int], int]) -> int:
-        if not self._window:
+        window = self._window
+        if self._expected and self._pause:
+            window = _ANSWERS * self._most_window
+        self._expected = False
+        if not window:
             return 0
-        found = look(monotonic_ns() + self._window, self._pause)
+        found = look(monotonic_ns() + window, self._pause)
         if found:
-            self._window = min(2 * self._window, self._most_window)
+            self._window = min(2 * self._window or _FIRST_WINDOW_NS, self._most_window)
         return found
 
     def _sleep(self) -> None:
@@ -246,6 +252,7 @@ class Poller:
 
     def _dispatch(self, timeout_ms: float | None) -> None:
         events = self._epoll.poll(None if timeout_ms is None else timeout_ms / 1e3)
+        self._dispatched = now = monotonic_ns()
         for fd, what, callback in [(fd, what, self._watched.get(fd)) for fd, what in events]:
             # An earlier callback of this round may have let go of it, and given its number away.
             if callback is not None and self._watched.get(fd) is callback:
@@ -254,7 +261,6 @@ class Poller:
             if wanted and (callback := self._watched.get(fd)):
                 callback(wanted)
         if self._timers:
-            now = monotonic_ns()
             for timer in [*self._timers]:
                 if timer.due is not None and timer.due <= now:
                     timer.fire()
