@@ -242,7 +242,7 @@ class Queues:
             self._fault = error  # the next `drain` tells
 
     def look(self, until_ns: int, linger_ns: int = 0) -> bool:
-        """Look until then for a buffer that would be of use and serve its queue, as `drain` does."""
+        """Look until then for a buffer of use, and serve its queue as `drain` does."""
         queues = [queue for queue in self._running if queue.ring and queue.work.starving()]
         at = look([queue.ring for queue in queues if queue.ring], until_ns)
         return at >= 0 and self._serve(queues[at], partial(queues[at].work.serve, linger_ns))
