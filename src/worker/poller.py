@@ -41,9 +41,11 @@ _DISPATCH_NS = 50_000
 #: The kernel's count for this thread: nanoseconds on a CPU, nanoseconds ready for one, slices.
 _SCHEDSTAT = "/proc/thread-self/schedstat"
 
-#: How often the machine is asked how full it is; and the thread waited one part in so many then.
+#: How often the machine is asked how full it is. Where it is, the thread waited one part in so many
+#: of the time, and for each slice longer than a CPU takes to wake up.
 _CROWD_NS = 20_000_000
 _CROWD_SHARE = 20
+_CROWD_WAIT_NS = 300_000
 
 
 class Timer:
@@ -78,7 +80,7 @@ class _Crowd:
     """Whether more wants to run than there are CPUs, as this thread's own waiting tells."""
 
     def __init__(self) -> None:
-        self._waited = 0
+        self._counts = [0, 0]
         self._asked = 0
         self._here = False
         try:
@@ -89,9 +91,10 @@ class _Crowd:
     def here(self, now: int) -> bool:
         """Say whether the thread waited for a CPU lately; `now` is on the monotonic clock."""
         if now - self._asked > _CROWD_NS and self._fd >= 0:
-            waited = int(os.pread(self._fd, 128, 0).split()[1])
-            self._here = (waited - self._waited) * _CROWD_SHARE > now - self._asked
-            self._waited, self._asked = waited, now
+            _, *counts = map(int, os.pread(self._fd, 128, 0).split())
+            waited, slices = (new - old for new, old in zip(counts, self._counts, strict=True))
+            self._here = waited > max((now - self._asked) // _CROWD_SHARE, slices * _CROWD_WAIT_NS)
+            self._counts, self._asked = counts, now
         return self._here
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ cdef long long _CALL_NS
 cdef long long _LIGHT
 cdef int _LOOKS
 cdef int _PORTION
+cdef long long _LARGE
 
 
 cdef class ChainReader:
@@ -28,6 +29,7 @@ cdef class ChainReader:
     cdef bint _event_idx
     cdef bint _indirect
     cdef bint _in_batches
+    cdef int _portion
     cdef unsigned int _direction
     cdef long long _most_bytes
     cdef long long _inline
@@ -41,7 +43,7 @@ cdef class ChainReader:
     cdef unsigned char[::1] _bytes
 
     cpdef bint ready(self) except *
-    @cython.locals(taken=cython.longlong, moved=cython.longlong, began=cython.longlong, asleep=cython.bint)
+    @cython.locals(taken=cython.longlong, moved=cython.longlong, began=cython.longlong, asleep=cython.bint, before=cython.longlong)
     cpdef long long take(self, Output output, long long most, long long limit, long long linger_ns) except *
     @cython.locals(now=cython.longlong, last=cython.longlong, until=cython.longlong)
     cdef bint _linger(self, long long linger_ns) except *

@@ -26,8 +26,10 @@ _LONGEST_INDIRECT = 1024
 # A guest that spins until its buffer is back has it in less, and needs no call for it any more.
 _CALL_NS = 1_000
 
-#: How many buffers are moved before the guest sees them, so that it can go on meanwhile.
+#: How many buffers are moved before the guest sees them, so that it can go on meanwhile, or wakes up
+#: while the others are moved. After a large one, of more bytes than this, it is one.
 _PORTION = 16
+_LARGE = 1024
 
 #: Looks at the ring between two at the clock.
 _LOOKS = 8
@@ -84,6 +86,7 @@ class ChainReader:
         self._noted: deque[list[tuple[int, int]]] = deque()  # of each chain popped and not pushed
         self.held = 0
         self._in_batches = True
+        self._portion = _PORTION
         self._unasked = 0  # exposed since the guest was last asked whether it wants a call
         # The region where the buffers were so far.
         self._start = self._room = 0
@@ -101,13 +104,15 @@ class ChainReader:
         taken = 0
         began = output.head
         while True:
+            before = output.head
             try:
-                moved = self._move(output, min(most - taken, _PORTION), limit)
+                moved = self._move(output, min(most - taken, self._portion), limit)
                 asleep = self._call_wanted()  # for what it could see all the while
             finally:
                 output.commit()
                 self._expose()
             taken += moved
+            self._portion = 1 if output.head - before > moved * _LARGE else _PORTION
             if not moved or asleep or self.held or taken >= most:
                 return taken
             if output.head - began > _LIGHT:
