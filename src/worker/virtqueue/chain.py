@@ -26,7 +26,7 @@ _LONGEST_INDIRECT = 1024
 # A guest that spins until its buffer is back has it in less, and needs no call for it any more.
 _CALL_NS = 1_000
 
-#: How many buffers are moved before the guest sees them, so that it can go on meanwhile, or wakes up
+#: How many buffers are moved before the guest sees them, so that it can go on meanwhile, or wake up
 #: while the others are moved. After a large one, of more bytes than this, it is one.
 _PORTION = 16
 _LARGE = 1024
