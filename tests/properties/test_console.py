@@ -46,6 +46,7 @@ class Queue:
     def __init__(self) -> None:
         self.given: deque[Buffer] = deque()
         self.done: deque[bytes] = deque()
+        self.held = 0
         self._popped: Buffer | None = None
         self._heads = 0
 
@@ -60,10 +61,25 @@ class Queue:
         self._popped = self.given.popleft() if self.given else None
         return self._popped
 
-    def unpop(self) -> None:
+    def unpop(self, head: int) -> None:
         assert self._popped is not None
+        assert head == self._popped.head
         self.given.appendleft(self._popped)
         self._popped = None
+
+    def take(self, output: Output, most: int, limit: int, _linger_ns: int) -> int:
+        self.held = taken = 0
+        while taken < most and (buffer := self.pop()) is not None:
+            if buffer.size and output.head + buffer.size > limit:
+                self.unpop(buffer.head)
+                self.held = buffer.size
+                break
+            for span in buffer.spans:
+                output.append(span)
+            self.push(buffer.head, 0)
+            taken += 1
+        output.commit()
+        return taken
 
     def push(self, head: int, written: int) -> None:
         assert self._popped is not None
@@ -110,6 +126,10 @@ class Wire:
     @property
     def holder(self) -> Read | None:
         return next((each for each in self.readers if self.port.blocking or not each.stuck), None)
+
+    def ahead_of(self, offset: int) -> int:
+        """How many bytes after `offset` the journal has no more."""
+        return max(max(self.origin, len(self.written) - RING) - offset, 0)
 
     @property
     def limit(self) -> int | None:
@@ -182,7 +202,7 @@ class Consoles(Machine):
         held = False
         head = len(wire.written)
         for data in given[:most]:
-            if limit is not None and head + len(data) > limit:
+            if data and limit is not None and head + len(data) > limit:
                 held = True
                 break
             head += len(data)
@@ -223,7 +243,7 @@ class Consoles(Machine):
 
     def take(self, wire: Wire, reader: Read, most: int) -> None:
         """Let a reader take up to `most` bytes, and count what it finds gone."""
-        lost = max(max(wire.origin, len(wire.written) - RING) - reader.offset, 0)
+        lost = wire.ahead_of(reader.offset)
         assert reader.watcher.skip_lost() == lost
         reader.missed += lost
         while most and (span := bytes(reader.watcher.span()[:most])):
@@ -243,7 +263,8 @@ class Consoles(Machine):
         wire.missed += reader.missed
         left = reader.offset - undelivered
         if wire.readers:  # the others know nothing of what was before them
-            wire.missed += max(0, min(each.joined for each in wire.readers) - left)
+            joined = min(each.joined for each in wire.readers)
+            wire.missed += max(0, joined - left) + wire.ahead_of(max(reader.offset, joined))
         if reader.offset == wire.seen:
             wire.seen = max(left, *(e.offset for e in wire.readers), 0)
         self.attended(wire)
@@ -560,7 +581,8 @@ class Consoles(Machine):
             for reader in wire.readers:
                 assert reader.watcher.offset == reader.offset
                 assert reader.watcher.stuck == reader.stuck
-            assert wire.port.missed == wire.missed + sum(each.missed for each in wire.readers)
+            due = sum(each.missed + wire.ahead_of(each.offset) for each in wire.readers)
+            assert wire.port.missed == wire.missed + due
 
     @invariant()
     def a_blocking_generic_port_loses_nothing_that_nobody_has_taken(self) -> None:

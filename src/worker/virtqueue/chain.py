@@ -158,7 +158,7 @@ class ChainReader:
             return False
         if chain.size > output.size:  # the ring may have been made for another port
             raise GuestError(f"a chain of more than {output.size} bytes")
-        if output.head + chain.size > limit:
+        if chain.size and output.head + chain.size > limit:  # one of no size needs no room
             self.unpop(chain.head)
             self.held = chain.size
             return False

@@ -325,6 +325,20 @@ def test_nothing_is_taken_where_there_is_nothing(taker: MakeTaker, kind: Kind) -
 
 
 @KINDS
+def test_a_buffer_of_no_size_needs_no_room(taker: MakeTaker, kind: Kind) -> None:
+    """Held, with a size of 0, it would look as if nothing were."""
+    r = taker(kind)
+    r.write(b"a" * 10, b"", b"b")
+    assert r.take(limit=5) == 0
+    assert r.take(limit=10) == 2
+    assert r.take(limit=9) == 0
+    assert r.side.queue.held == 1
+    r.write(b"")
+    assert r.take() == 2
+    r.check()
+
+
+@KINDS
 @EACH_WAY
 def test_a_buffer_past_the_limit_stays_the_guests(taker: MakeTaker, kind: Kind, way: str) -> None:
     """It is not used, its size is told, and it comes first when there is room."""
