@@ -69,6 +69,7 @@ class Device:
         self.reply_fd: int | None = None
         self.backend_channel: int | None = None
         self.wake = os.eventfd(0)
+        self.done = threading.Event()
 
     # Bytes.
 
@@ -93,6 +94,7 @@ class Device:
             self.close()
 
     def close(self) -> None:
+        self.done.set()
         self.connection.close()
         for ring in self.rings:
             for fd in (ring.kick, ring.call):

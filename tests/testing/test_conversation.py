@@ -58,6 +58,9 @@ CLOUD_HYPERVISOR = (
 CROSVM = [3, 1, 15, 16, 21, 17, 2, 5] + [8, 9, 10, 13, 12, 18] * 4
 
 
+TIMEOUT = 30.0
+
+
 def requests(device: Any) -> list[int]:
     return [-seen.request if seen.need_reply else seen.request for seen in device.seen]
 
@@ -107,6 +110,7 @@ def test_qemu_order_with_everything(serve: Serve) -> None:
     device, connection = serve(protocol=ALL)
     with GuestMemory.like_qemu() as memory:
         stop_like_qemu(connect_like_qemu(connection, memory))
+    assert device.done.wait(TIMEOUT)  # the last message has no reply
     assert requests(device) == [*QEMU_ALL, *QEMU_STOP, 39]
     assert [payload[0] for payload in payloads(device, 39)] == [8, 15, 0]
 
@@ -119,6 +123,7 @@ def test_qemu_pauses(serve: Serve) -> None:
         pause_like_qemu(frontend)
         resume_like_qemu(frontend, memory)
         stop_like_qemu(frontend)
+    assert device.done.wait(TIMEOUT)
     assert requests(device) == [*QEMU_ALL, *QEMU_STOP, 39, *QEMU_RESUME, *QEMU_STOP, 39]
 
 
