@@ -234,10 +234,10 @@ class Queues:
 
     def drain_all(self) -> None:
         """Move what is there now; a guest that goes on writing has had its ring's worth."""
+        end = self._counters.chains + config.LARGEST_QUEUE * len(self._running)
         try:
-            for _ in range(config.LARGEST_QUEUE // BUDGET):
-                if not self.drain():
-                    return
+            while self.drain() and self._counters.chains < end:
+                pass
         except FrontendError as error:
             self._fault = error  # the next `drain` tells
 

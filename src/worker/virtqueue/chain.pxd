@@ -20,6 +20,7 @@ cdef long long _LIGHT
 cdef int _LOOKS
 cdef int _PORTION
 cdef long long _LARGE
+cdef long long _LARGEST
 
 
 cdef class ChainReader:
@@ -43,7 +44,7 @@ cdef class ChainReader:
     cdef unsigned char[::1] _bytes
 
     cpdef bint ready(self) except *
-    @cython.locals(taken=cython.longlong, moved=cython.longlong, began=cython.longlong, asleep=cython.bint, before=cython.longlong)
+    @cython.locals(taken=cython.longlong, moved=cython.longlong, began=cython.longlong, asleep=cython.bint, before=cython.longlong, size=cython.longlong)
     cpdef long long take(self, Output output, long long most, long long limit, long long linger_ns) except *
     @cython.locals(now=cython.longlong, last=cython.longlong, until=cython.longlong)
     cdef bint _linger(self, long long linger_ns) except *

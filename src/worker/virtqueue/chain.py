@@ -27,9 +27,11 @@ _LONGEST_INDIRECT = 1024
 _CALL_NS = 1_000
 
 #: How many buffers are moved before the guest sees them, so that it can go on meanwhile, or wake up
-#: while the others are moved. After a large one, of more bytes than this, it is one.
+#: while the others are moved. After a large one it is one, unless that was so large that to move a
+#: few of them takes as long as to wake up: then the guest would be called for each.
 _PORTION = 16
 _LARGE = 1024
+_LARGEST = 16384
 
 #: Looks at the ring between two at the clock.
 _LOOKS = 8
@@ -112,7 +114,8 @@ class ChainReader:
                 output.commit()
                 self._expose()
             taken += moved
-            self._portion = 1 if output.head - before > moved * _LARGE else _PORTION
+            size = output.head - before
+            self._portion = 1 if _LARGE * moved < size <= _LARGEST * moved else _PORTION
             if not moved or asleep or self.held or taken >= most:
                 return taken
             if output.head - began > _LIGHT:
