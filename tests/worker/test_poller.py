@@ -581,25 +581,33 @@ def test_much_output_is_passed_on_at_once(clock: Clock) -> None:
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], None]:
+def waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
     """Give a function that says how long the thread has waited for a CPU so far, in ns."""
     file = tmp_path / "schedstat"
     monkeypatch.setattr(module, "_SCHEDSTAT", str(file))
 
-    def waited(nanoseconds: int) -> None:
-        file.write_text(f"1000 {nanoseconds} 3\n")
+    def waited(nanoseconds: int, slices: int = 3) -> None:
+        file.write_text(f"1000 {nanoseconds} {slices}\n")
 
     waited(0)
     return waited
 
 
 def test_nobody_looks_while_there_is_more_to_do_than_cpus(
-    clock: Clock, waits: Callable[[int], None]
+    clock: Clock, waits: Callable[..., None]
 ) -> None:
     waits(1_000_000_000)
     looks = looks_a_round(clock, 50, 21_000, 3)
     assert looks[0] > 0
     assert looks[1:] == [0, 0]
+
+
+def test_cpus_that_take_long_to_wake_up_are_no_crowd(
+    clock: Clock, waits: Callable[..., None]
+) -> None:
+    clock.now = 1_000_000_000
+    waits(200_000_000, slices=1000)
+    assert looks_a_round(clock, 50, 5, 4)[-1] == 50_000
 
 
 def test_without_a_count_of_waiting_the_window_goes_on(

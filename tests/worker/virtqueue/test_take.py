@@ -629,6 +629,24 @@ def test_a_guest_that_polls_has_early_ones_back_while_the_rest_is_taken(
     assert seen.index(True) < len(seen) // 2
 
 
+@pytest.mark.parametrize(("size", "at_once"), [(16, 16), (2048, 1), (17000, 16)])
+@KINDS
+def test_large_buffers_are_shown_one_by_one_but_not_the_largest(
+    taker: MakeTaker, kind: Kind, size: int, at_once: int
+) -> None:
+    r = taker(kind, size=32, most=1 << 20)
+    r.driver.disable_calls()
+    seen: list[int] = []
+    output = Watched(memoryview(bytearray(1 << 20)), memoryview(bytearray(64)).cast("Q"))
+    output.meanwhile = lambda: seen.append(len(r.driver.reap()))
+    for _ in range(2):  # the first turn says what size they have
+        r.driver.reap()
+        seen.clear()
+        r.write(*[bytes(size)] * 20)
+        assert r.side.queue.take(output, 64, NO_LIMIT, 0) == 20
+    assert max(seen) == at_once
+
+
 # Lingering
 
 
