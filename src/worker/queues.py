@@ -204,7 +204,7 @@ class Queues:
         for queue in self._running:
             if queue.work.wanted():
                 worked |= self._serve(queue, partial(queue.work.serve, linger_ns))
-                if queue.broken:
+                if queue.ring is None:  # broken, and what is iterated has changed
                     return True
         return worked
 
@@ -588,11 +588,12 @@ class Queues:
 
     def _start(self, effect: fx.StartRing) -> None:
         queue = self._queue(effect.ring)
-        if queue.ring is None:
+        begins = queue.ring is None and not queue.broken
+        if begins:
             # Refused before anything is replaced.
             self._place(queue, effect.size, effect.addr, effect.base)
         self._watch_kick(queue, effect.kick)
-        if queue.ring is None:
+        if begins:
             self._begin(queue, effect)
         self._poll()
 

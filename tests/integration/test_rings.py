@@ -253,6 +253,19 @@ def test_broken_queue_starts_again(pair: Pair) -> None:
         assert exactly(peer, 5) == b"again"
 
 
+def test_another_kick_does_not_mend_a_broken_queue(pair: Pair) -> None:
+    """It stays stopped until it is set up anew, and nothing waits for it meanwhile."""
+    with quiet_guest(pair) as console:
+        tx = console.port.tx
+        publish_after(HOSTILE["self-loop"], tx)
+        until(lambda: pair.daemon.status()[0]["broken"], "not broken")
+        used = tx.driver.used_idx
+        tx.driver.write_desc(0, tx.driver.memory.alloc(4096), 8)
+        console.frontend.set_vring_kick(TX, tx.new_kick_fd())
+        console.frontend.set_memory(tx.driver.memory)
+        assert tx.driver.used_idx == used
+
+
 @pytest.mark.parametrize("addr", [0, 1 << 60], ids=["address 0", "nowhere"])
 def test_empty_buffers(pair: Pair, addr: int) -> None:
     """Buffers without bytes come back with 0, whatever their address; nothing spins."""
