@@ -225,8 +225,12 @@ class Bench:
             for name in self.sides.keys() & {"ours", "peer"}:
                 side = self.sides[name]
                 daemon = stack.enter_context(running(side, self.folder, guests, self.layout.daemon))
-                stack.enter_context(self._idle_guests(daemon, guests))
-                daemons[name] = daemon
+                try:
+                    stack.enter_context(self._idle_guests(daemon, guests))
+                except BenchmarkError as error:
+                    self._add("idle", name, {"error": str(error)})
+                else:
+                    daemons[name] = daemon
             time.sleep(2.0)  # so that what the connections began has ended
             before, begin = {n: d.activity() for n, d in daemons.items()}, time.monotonic()
             time.sleep(seconds)
