@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
+from vhost_device_console.config import LARGEST_QUEUE
 from vhost_device_console.errors import FrontendError, RefusedError
 from vhost_device_console.health import Health
 from vhost_device_console.testing import GuestMemory, SplitDriver
@@ -37,6 +38,7 @@ class Echoes:
 
     def __init__(self) -> None:
         self.taken = 0
+        self.then: Callable[[], None] = lambda: None
         self.calls: list[str] = []
 
     def kind(self, _: int) -> tuple[bool, int]:
@@ -61,6 +63,7 @@ class Echoes:
                 ring.push(chain.head, 0)
                 count += 1
             self.taken += count
+            self.then()
             return count
 
         return Work(ring.ready, take, lambda: enabled)
@@ -156,6 +159,21 @@ def test_what_a_running_ring_has_is_served_and_the_guest_called(scene: Scene) ->
     assert (scene.device.taken, len(scene.driver.reap())) == (1, 1)
     assert os.eventfd_read(scene.call) >= 1
     assert not scene.queues.drain()
+
+
+def test_a_guest_that_never_stops_writing_does_not_keep_its_frontend_waiting(scene: Scene) -> None:
+    """As many buffers as the largest ring has are taken for it, whatever it gives meanwhile."""
+
+    def write_on() -> None:
+        scene.driver.reap()
+        scene.offer()
+
+    scene.start()
+    scene.offer()
+    scene.device.then = write_on
+    scene.queues.drain_all()
+    assert scene.device.taken == LARGEST_QUEUE
+    scene.device.then = lambda: None  # the scene is closed without it
 
 
 @pytest.mark.parametrize("how", ["drain", "arm", "kick"])
