@@ -12,6 +12,7 @@ kernels do for halted vCPUs. Nobody looks while the machine has more to do than 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -46,6 +47,9 @@ _SCHEDSTAT = "/proc/thread-self/schedstat"
 _CROWD_NS = 20_000_000
 _CROWD_SHARE = 20
 _CROWD_WAIT_NS = 300_000
+
+#: Where bytes go that mean nothing but a wake-up.
+_SCRAP = bytearray(4096)
 
 
 class Timer:
@@ -284,9 +288,24 @@ def drain_fd(fd: int) -> int | None:
     One read is enough for an eventfd; whatever else is in a socket wakes the loop once more. Return
     how many bytes came, None when somebody else took them, 0 when the fd is at its end or cannot be
     read: it would be ready for ever.
+
+    Never waits: whoever shares the fd can make it blocking at any moment, and empty it.
     """
     try:
-        return len(os.read(fd, 4096))
+        return os.preadv(fd, [_SCRAP], -1, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            return 0
+    return _drain_elsewhere(fd)
+
+
+def _drain_elsewhere(fd: int) -> int | None:
+    """Do the same for a file or a kernel that knows no such reads, as well as it can be done."""
+    try:
+        os.set_blocking(fd, False)
+        return len(os.read(fd, len(_SCRAP)))
     except BlockingIOError:
         return None
     except OSError:

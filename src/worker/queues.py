@@ -700,7 +700,6 @@ class Queues:
 
             def kicked(events: int) -> None:
                 self._counters.kicks += 1
-                os.set_blocking(kick, False)  # as in `_notify`
                 count = drain_fd(kick)
                 if count == 0 or events & HUP:  # reported for ever
                     self._poller.forget(kick)
