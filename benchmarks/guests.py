@@ -2,7 +2,8 @@
 
 Guests of User Mode Linux and of QEMU run `dd` to the virtio console (hvc0) and to a generic port.
 They are driven over another console, so that what arrives is dd's bytes alone; each is compared.
-QEMU's own console device, in its process and on a chardev socket, is a side of its own.
+QEMU's own console device, in its process and on a chardev socket, is a side of its own, and so is
+this daemon with packed rings.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from launch import Ports  # noqa: E402
 Record = dict[str, float | str]
 Cells = dict[str, dict[str, list[Record]]]
 
-#: A side's program, and what its environment has besides this one's.
-Program = tuple[str, dict[str, str]]
+#: A side's program, what its environment has besides this one's, and options.
+Program = tuple[str, dict[str, str], *tuple[str, ...]]
 
 #: The side that is QEMU's own device, and needs no daemon.
 VIRTCONSOLE = "virtconsole"
@@ -231,13 +232,14 @@ class Guest:
 
     def start_daemon(self, program: Program, ports: int) -> str:
         """Start a daemon with readers at its console and generic port; return its socket."""
-        path, environment = program
+        path, environment, *options = program
         run = self._folder / "run"
         run.mkdir(mode=0o700)
         tcp = Ports()
         self._ends.callback(tcp.close)
         first = tcp(ports)
         command = [path, "-s", f"{self._folder}/s", "-b", "network", "-p", str(first)]
+        command += options
         if "--max-queue-size" in _help(path):
             command += ["-q", "256"]  # what User Mode Linux wants, and more than the peer's default
         if ports > 1:
@@ -452,7 +454,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not without ending the guests
     build = ROOT / "build"
     try:
-        programs: dict[str, Program] = {"ours": (find_ours(), {})}
+        ours = find_ours()
+        programs: dict[str, Program] = {"ours": (ours, {}), "packed": (ours, {}, "--packed")}
         if peer := find_peer(given.peer, build / "bench"):
             programs[PEER] = (peer, {})
     except BenchmarkError as error:

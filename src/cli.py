@@ -177,7 +177,7 @@ class _Words(click.Choice):  # type: ignore[type-arg,unused-ignore]  # generic s
 @click.option(
     "--packed",
     is_flag=True,
-    help="Offer packed virtqueues too; Linux' console driver is faster without.",
+    help="Offer packed virtqueues too; Linux' console driver wants a call a buffer of them.",
 )
 @click.option(
     "--poll-us",
