@@ -5,10 +5,11 @@ Offsets count bytes since the journal was made and never go back. An output ring
 `size` bytes of an endless stream, any number of readers have cursors in it; an input ring holds
 what the guest has not taken yet.
 
-Layout, native byte order: a page of u64 words (magic; output size, head, seen and origin; input
-size, head and tail), the output ring, the input ring. Sizes are powers of two and whole pages. A
-byte counts once its head is stored, and a head is one aligned 8-byte store, so a worker killed
-anywhere leaves a journal that is whole.
+Layout, native byte order: a page of u64 words (magic; output size, head, seen and tail; input
+size, head and tail), the output ring, the input ring, and spare room as large as the output ring.
+Sizes are powers of two and whole pages. A byte counts once its head is stored, and a head is one
+aligned 8-byte store, so a worker killed anywhere leaves a journal that is whole. What a running
+virtqueue brought counts only once its ledger says so, too: see `ledger`, `go_back`.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import fcntl
 import mmap
 import os
 
-_MAGIC = int.from_bytes(b"VDCJRNL2", "little")
+_MAGIC = int.from_bytes(b"VDCJRNL3", "little")
 _PAGE = 4096
 _WORD = 8
-_MAGIC_AT, _OUT_SIZE, _OUT_HEAD, _OUT_SEEN, _OUT_ORIGIN, _IN_SIZE, _IN_HEAD, _IN_TAIL = range(8)
+_MAGIC_AT, _OUT_SIZE, _OUT_HEAD, _OUT_SEEN, _OUT_TAIL, _IN_SIZE, _IN_HEAD, _IN_TAIL = range(8)
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -37,7 +38,7 @@ def create(name: str, output_bytes: int, input_bytes: int) -> int:
     header = (_MAGIC, output_bytes, 0, 0, 0, input_bytes, 0, 0)
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
-        os.ftruncate(fd, _PAGE + output_bytes + input_bytes)
+        os.ftruncate(fd, _PAGE + 2 * output_bytes + input_bytes)
         os.pwrite(fd, b"".join(word.to_bytes(_WORD, "little") for word in header), 0)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     except BaseException:
@@ -47,20 +48,24 @@ def create(name: str, output_bytes: int, input_bytes: int) -> int:
 
 
 class Output:
-    """One port's output: the last `size` bytes of everything the guest ever wrote to it."""
+    """One port's output: the last `size` bytes of everything the guest ever wrote to it.
+
+    `tail` is the offset of the oldest byte still kept. It is stored before the bytes it leaves out
+    are overwritten: a successor that does not know by what knows which ones are whole.
+    """
 
     def __init__(self, ring: memoryview, words: memoryview) -> None:
         self.size = len(ring)
         self.head: int = words[_OUT_HEAD]
-        self._origin: int = words[_OUT_ORIGIN]
+        self.tail: int = min(words[_OUT_TAIL], self.head)
         self._ring = self._view = ring
         self._mask = self.size - 1
         self._words = words
 
     @property
-    def tail(self) -> int:
-        """The offset of the oldest byte still kept."""
-        return max(self._origin, self.head - self.size)
+    def origin(self) -> int:
+        """The offset at which this journal began: 0, or where another one's was at."""
+        return self._origin
 
     @property
     def seen(self) -> int:
@@ -73,8 +78,13 @@ class Output:
 
     def begin_at(self, offset: int) -> None:
         """Let an output that is still empty go on where another journal's was."""
-        self._origin = self._words[_OUT_ORIGIN] = offset
+        self.tail = self._words[_OUT_TAIL] = offset
         self.head = self._words[_OUT_HEAD] = self.seen = offset
+
+    def go_back(self, offset: int) -> None:
+        """Let nothing from `offset` on count: the next to be appended is the byte there."""
+        self.head = self._words[_OUT_HEAD] = offset
+        self.tail = min(self.tail, offset)
 
     def copy(self, offset: int) -> bytes:
         """Return everything from `offset`, which is as for `span`, to the head."""
@@ -87,6 +97,9 @@ class Output:
 
     def append_from(self, source: memoryview, at: int, count: int) -> None:
         """Do the same with the `count` bytes from `at` of `source`."""
+        tail = self.head + count - self.size
+        if tail > self.tail:
+            self.tail = self._words[_OUT_TAIL] = tail
         start = self.head & self._mask
         end = start + count
         if end <= self.size:
@@ -152,7 +165,7 @@ class Input:
         self._ring = ring
         self._mask = self.size - 1
         self._words = words
-        # What never lay in the ring moved the tail first: a tail ahead is not a head behind.
+        # What never lay in the ring moves the tail alone: a tail ahead is not a head behind.
         self.tail: int = words[_IN_TAIL]
         self.head: int = max(words[_IN_HEAD], self.tail)
 
@@ -163,6 +176,11 @@ class Input:
         """Let an input that is still empty go on where another journal's was."""
         self.head = self._words[_IN_HEAD] = offset
         self.tail = self._words[_IN_TAIL] = offset
+
+    def go_back(self, tail: int) -> None:
+        """Let what was consumed from `tail` on wait again."""
+        self.tail = self._words[_IN_TAIL] = tail
+        self.head = max(self._words[_IN_HEAD], tail)
 
     def copy(self) -> bytes:
         """Return everything that waits."""
@@ -198,9 +216,14 @@ class Input:
         self.tail += count
         self._words[_IN_TAIL] = self.tail
 
+    def bypass(self, count: int) -> None:
+        """Count bytes that the guest has and that never lay in the ring; it must be empty."""
+        self.head += count
+        self.consume(count)
+
 
 class Journal:
-    """A mapped journal: a port's `output` and `input`.
+    """A mapped journal: a port's `output` and `input`, and `spare` room of the output's size.
 
     Takes over no descriptor: `fd` may be closed afterwards. Raises ValueError when the file is no
     journal.
@@ -212,5 +235,7 @@ class Journal:
         if len(view) < _PAGE or words[_MAGIC_AT] != _MAGIC:
             raise ValueError("not a journal")
         middle = _PAGE + words[_OUT_SIZE]
+        end = middle + words[_IN_SIZE]
         self.output = Output(view[_PAGE:middle], words)
-        self.input = Input(view[middle:], words)
+        self.input = Input(view[middle:end], words)
+        self.spare = view[end:]

@@ -67,6 +67,11 @@ class Endpoint(Protocol):
         """Accept no more; the clients are their owner's."""
 
 
+def gap(lost: int) -> bytes:
+    """Return what a reader is told, among the bytes of the guest's, of `lost` ones between them."""
+    return b"\r\n[vhost-device-console: %d bytes missed]\r\n" % lost
+
+
 def not_now(error: OSError) -> bool:
     """Say whether a read failed only for now. Raises FrontendError if it did for want of memory."""
     if error.errno == errno.EFAULT:
