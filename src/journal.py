@@ -63,11 +63,6 @@ class Output:
         self._words = words
 
     @property
-    def origin(self) -> int:
-        """The offset at which this journal began: 0, or where another one's was at."""
-        return self._origin
-
-    @property
     def seen(self) -> int:
         """The offset up to which some reader has taken the output; where an absent one goes on."""
         return self._words[_OUT_SEEN]

@@ -99,6 +99,11 @@ class Log:
         """Whether everything that can be written is."""
         return self.failing or not (self._lost or self._offset < self._output.head)
 
+    def begin_at(self, offset: int) -> None:
+        """Go on there with an output that is still empty, and about to begin there."""
+        self._offset = offset
+        self._store(0)
+
     def flush(self) -> bool:
         """Write what is there; return whether some of it was written."""
         progress = False
@@ -128,8 +133,6 @@ class Log:
         output = self._output
         data: memoryview | bytes = b""
         if not self._lost:
-            # What another journal had, whose guest moved here, is no gap in this one.
-            self._offset = max(self._offset, output.origin)
             self._lost = max(0, output.tail - self._offset)
             self._offset += self._lost
             self.missed += self._lost
