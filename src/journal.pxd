@@ -8,17 +8,18 @@ cdef extern from *:
     ctypedef unsigned long long shared64
 
 cdef int _OUT_HEAD
+cdef int _OUT_TAIL
 
 
 cdef class Output:
     cdef readonly long long size
     cdef readonly long long head
-    cdef long long _origin
+    cdef readonly long long tail
     cdef long long _mask
     cdef object _view
     cdef unsigned char[::1] _ring
     cdef shared64[::1] _words
 
-    @cython.locals(start=cython.longlong, end=cython.longlong, first=cython.longlong)
+    @cython.locals(tail=cython.longlong, start=cython.longlong, end=cython.longlong, first=cython.longlong)
     cpdef append_from(self, const unsigned char[::1] source, long long at, long long count)
     cpdef commit(self)

@@ -79,7 +79,7 @@ class Output:
     def go_back(self, offset: int) -> None:
         """Let nothing from `offset` on count: the next to be appended is the byte there."""
         self.head = self._words[_OUT_HEAD] = offset
-        self.tail = min(self.tail, offset)
+        self.tail = self._words[_OUT_TAIL] = min(self.tail, offset)
 
     def copy(self, offset: int) -> bytes:
         """Return everything from `offset`, which is as for `span`, to the head."""

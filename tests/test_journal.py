@@ -281,3 +281,117 @@ def test_a_successor_gives_the_guest_what_the_dead_did_not(create: Create) -> No
     first.fed(10)
     first.consume(4)
     assert bytes(Journal(fd).input.span()) == b"456789"
+
+
+def test_what_goes_past_the_ring_moves_both_ends(create: Create) -> None:
+    held = Journal(create()).input
+    held.feed(b"abc")
+    held.consume(3)
+    held.bypass(100)
+    assert (held.tail, held.head) == (103, 103)
+    held.feed(b"d")
+    assert bytes(held.span()) == b"d"
+
+
+def test_a_successor_does_not_wait_for_what_went_past_the_ring(create: Create) -> None:
+    fd = create()
+    Journal(fd).input.bypass(100)
+    assert (Journal(fd).input.tail, len(Journal(fd).input)) == (100, 0)
+
+
+# Going back
+
+
+def test_output_goes_on_where_it_went_back_to(create: Create) -> None:
+    fd = create()
+    first = Journal(fd).output
+    write(first, b"kept, not kept")
+    second = Journal(fd).output
+    second.go_back(4)
+    write(second, b" again")
+    assert take(Reader(Journal(fd).output, 0)) == b"kept again"
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_what_was_overwritten_for_nothing_is_a_gap(create: Create, committed: bool) -> None:
+    """Bytes that gave way to some that never counted are not shown to who lags behind."""
+    fd = create()
+    first = Journal(fd).output
+    write(first, b"a" * SIZE)
+    first.append(b"b" * 100)
+    if committed:
+        first.commit()
+    second = Journal(fd).output
+    second.go_back(SIZE)
+    reader = Reader(second, 0)
+    assert (reader.skip_lost(), take(reader)) == (100, b"a" * (SIZE - 100))
+
+
+def test_a_gap_remains_through_another_death(create: Create) -> None:
+    fd = create()
+    first = Journal(fd).output
+    write(first, b"a" * SIZE)
+    first.append(b"b" * 100)
+    second = Journal(fd).output
+    second.go_back(SIZE)
+    write(second, b"c")
+    third = Journal(fd).output
+    third.go_back(SIZE + 1)
+    assert take(Reader(third, 100)) == b"a" * (SIZE - 100) + b"c"
+    assert third.tail == 100
+
+
+def test_output_that_was_all_overwritten_for_nothing_is_all_a_gap(create: Create) -> None:
+    fd = create()
+    first = Journal(fd).output
+    write(first, b"a" * 100)
+    for _ in range(3):
+        first.append(b"b" * SIZE)
+    second = Journal(fd).output
+    second.go_back(100)
+    assert second.tail == 100
+    write(second, b"on we go")
+    third = Journal(fd).output
+    third.go_back(108)
+    assert (third.tail, take(Reader(third, 100))) == (100, b"on we go")
+
+
+def test_input_that_was_consumed_can_wait_again(create: Create) -> None:
+    fd = create()
+    first = Journal(fd).input
+    first.feed(b"0123456789")
+    first.consume(8)
+    second = Journal(fd).input
+    second.go_back(4)
+    assert (bytes(second.span()), len(second.room())) == (b"456789", SIZE - 10)
+    assert bytes(Journal(fd).input.span()) == b"456789"
+
+
+def test_what_went_past_the_ring_does_not_wait_after_going_back(create: Create) -> None:
+    """Such bytes never were in the ring: they can be had again from where they came only."""
+    fd = create()
+    first = Journal(fd).input
+    first.feed(b"0123")
+    first.consume(4)
+    first.bypass(100)
+    second = Journal(fd).input
+    second.go_back(4)
+    assert (second.tail, len(second)) == (4, 0)
+    second.feed(b"next")
+    assert bytes(second.span()) == b"next"
+
+
+# Room beside
+
+
+def test_there_is_spare_room_as_large_as_the_output(create: Create) -> None:
+    fd = create(4 * SIZE, SIZE)
+    first = Journal(fd)
+    assert len(first.spare) == 4 * SIZE
+    write(first.output, b"o" * 4 * SIZE)
+    first.input.feed(b"i" * SIZE)
+    first.spare[:] = b"s" * 4 * SIZE
+    second = Journal(fd)
+    assert bytes(second.spare) == b"s" * 4 * SIZE
+    assert bytes(second.output.span(0)) == b"o" * 4 * SIZE
+    assert bytes(second.input.span()) == b"i" * SIZE

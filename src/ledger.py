@@ -1,0 +1,109 @@
+"""A guest's ledger: what its worker has committed, for a successor to go on from.
+
+One memory file, made by the master and inherited by each worker in turn. A page belongs to each
+virtqueue, some pages to each port for what its clients have got and given (`records`, zeros at
+first; the console's side says what they hold).
+
+The first word of a queue's page is the one place where buffers are committed: in a single 8-byte
+store it says how far the port's stream is *after* the pushes that are to become visible next, where
+the ring's used side stood before them, and how many they are. So a worker killed anywhere leaves a
+batch either whole, to be made visible by the successor if it is not yet, or never taken. After that
+word come the pushes themselves, heads then lengths, of a ring that keeps them nowhere else.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from typing import NamedTuple
+
+_PAGE = 4096
+_QUEUES = 256
+_PORTS = 128
+_PORT_BYTES = 8 * _PAGE
+_BYTES = _QUEUES * _PAGE + _PORTS * _PORT_BYTES
+
+_LOW16 = 0xFFFF
+_LOW32 = 0xFFFF_FFFF
+
+#: Pushes that a page keeps: beside the word, two arrays of u32.
+MOST_PUSHES = _PAGE // 8 - 1
+
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+def create(name: str) -> int:
+    """Return the descriptor of a new, empty, sealed ledger.
+
+    Pages take memory only once they are used. Raises OSError when the memory cannot be had.
+    """
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, _BYTES)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+class Pending(NamedTuple):
+    """Buffers pushed that may not be visible yet: `pushed` of them, and where their ring `begin`s.
+
+    `begin` is a used index or, of a packed ring, an entry with its wrap counter in bit 15. `pushes`
+    are the heads and lengths where the ring itself does not show them.
+    """
+
+    begin: int
+    pushed: int
+    pushes: list[tuple[int, int]]
+
+
+class Page:
+    """One virtqueue's page: its `word`, and the pushes' `heads` and `lengths`.
+
+    Without memory it is one that no successor will see.
+    """
+
+    def __init__(self, memory: memoryview | None = None) -> None:
+        view = memoryview(bytearray(_PAGE)) if memory is None else memory
+        self.word = view[:8].cast("Q")
+        entries = view[8:].cast("I")
+        self.heads, self.lengths = entries[:MOST_PUSHES], entries[MOST_PUSHES:]
+
+    def offset(self, near: int) -> int:
+        """Return how far the stream was, which is less than 2^32 before `near`."""
+        return near - ((near - (self.word[0] >> 32)) & _LOW32)
+
+    def pending(self) -> Pending:
+        """Return what was committed last."""
+        word = self.word[0]
+        pushed = word & _LOW16
+        pushes = zip(self.heads[:pushed], self.lengths[:pushed], strict=True)
+        return Pending(word >> 16 & _LOW16, pushed, list(pushes))
+
+
+class Ledger:
+    """A mapped ledger.
+
+    Takes over no descriptor: `fd` may be closed afterwards. Raises ValueError when the file is no
+    ledger.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._view = memoryview(mmap.mmap(fd, 0))
+        if len(self._view) != _BYTES:
+            raise ValueError("not a ledger")
+
+    def page(self, queue: int) -> Page:
+        """Return a virtqueue's page. Raises IndexError when there is none."""
+        if not 0 <= queue < _QUEUES:
+            raise IndexError(f"no ledger has a page for queue {queue}")
+        return Page(self._view[queue * _PAGE :][:_PAGE])
+
+    def records(self, port_id: int) -> memoryview:
+        """Return a port's 32768 bytes. Raises IndexError when there are none."""
+        if not 0 <= port_id < _PORTS:
+            raise IndexError(f"no ledger has records for port {port_id}")
+        return self._view[_QUEUES * _PAGE + port_id * _PORT_BYTES :][:_PORT_BYTES]
