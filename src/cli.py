@@ -147,7 +147,8 @@ class _Words(click.Choice):  # type: ignore[type-arg,unused-ignore]  # generic s
     metavar="KEY=VALUE,...",
     help="Another port, such as name=agent,backend=unix,path=P or"
     " name=log,console,backend=network,tcp-port=N; P and N are counted up for each guest. Other"
-    " keys: link, overflow, id, host, output-bytes, input-bytes, stall-ms. Repeatable.",
+    " keys: link, overflow, id, host, output-bytes, input-bytes, stall-ms, max-clients and those of"
+    " access, see the manual page. Repeatable.",
 )
 @click.option(
     "--max-ports",
@@ -155,6 +156,55 @@ class _Words(click.Choice):  # type: ignore[type-arg,unused-ignore]  # generic s
     metavar="N",
     help="How many ports a guest may have, with those that are added while it runs; by default"
     " no more than it has from the start.",
+)
+@click.option(
+    "--max-clients",
+    type=int,
+    metavar="N",
+    default=config.MAX_CLIENTS,
+    show_default=True,
+    help="How many clients a port may have at once.",
+)
+@click.option(
+    "--socket-mode",
+    metavar="MODE",
+    help="Permissions of vhost-user and data sockets, such as 0660.  [default: 0600]",
+)
+@click.option("--socket-owner", metavar="USER", help="Who owns them, by name or number.")
+@click.option("--socket-group", metavar="GROUP", help="Their group, by name or number.")
+@click.option(
+    "--allow-uid",
+    multiple=True,
+    metavar="USER",
+    help="Serve only processes of this user at them, by name or number. Repeatable.",
+)
+@click.option(
+    "--tcp-host",
+    metavar="ADDRESS",
+    help=f"network: listen at this address.  [default: {config.LOCALHOST}]",
+)
+@click.option(
+    "--tls-cert",
+    type=click.Path(),
+    metavar="FILE",
+    help="Speak TLS on TCP ports: the certificate and its chain, PEM.",
+)
+@click.option(
+    "--tls-key",
+    type=click.Path(),
+    metavar="FILE",
+    help="Its key, if that is not in the same file.",
+)
+@click.option(
+    "--tls-client-ca",
+    type=click.Path(),
+    metavar="FILE",
+    help="Serve only clients with a certificate that one of these signed.",
+)
+@click.option(
+    "--tcp-insecure",
+    is_flag=True,
+    help="Listen without TLS at addresses that other machines reach, too.",
 )
 @click.option(
     "--config",

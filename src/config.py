@@ -6,6 +6,7 @@ before anything is created.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from ipaddress import ip_address
@@ -48,6 +49,13 @@ TCP_PORT = 12345
 
 LOCALHOST = "127.0.0.1"
 
+#: Clients of a port at once, unless `max-clients` says otherwise, and what that can be set to.
+MAX_CLIENTS = 256
+MOST_CLIENTS = 4096
+
+#: The mode of every socket's file unless `socket-mode` says otherwise: its owner's alone.
+SOCKET_MODE = 0o600
+
 #: No Linux has more (NR_CPUS on x86-64).
 _MOST_CPUS = 8192
 
@@ -86,11 +94,36 @@ class Nested(msgspec.Struct, frozen=True, tag=True):
     """The terminal the daemon was started from."""
 
 
+class Access(msgspec.Struct, frozen=True):
+    """Whom a unix socket lets in: by its file's mode, owner and group, and by name.
+
+    `owner`, `group` and those in `allow` are names or numbers; "" leaves the daemon's. When there
+    is anybody in `allow`, only processes of these users are served.
+    """
+
+    mode: int = SOCKET_MODE
+    owner: str = ""
+    group: str = ""
+    allow: tuple[str, ...] = ()
+
+
+class Tls(msgspec.Struct, frozen=True):
+    """Paths of PEM files: the certificate with its chain, its key, and who signs clients' ones.
+
+    Without `client_ca` clients need no certificate.
+    """
+
+    cert: str
+    key: str
+    client_ca: str | None = None
+
+
 class Network(msgspec.Struct, frozen=True, tag=True):
-    """A TCP listener."""
+    """A TCP listener; what comes in is plain without `tls`."""
 
     host: str
     port: int
+    tls: Tls | None = None
 
 
 class Unix(msgspec.Struct, frozen=True, tag=True):
@@ -109,7 +142,10 @@ Backend = Nested | Network | Unix | Pty
 
 
 class Port(msgspec.Struct, frozen=True, kw_only=True):
-    """One port of a guest's virtio console; sizes in bytes, powers of two."""
+    """One port of a guest's virtio console; sizes in bytes, powers of two.
+
+    `access` is its unix socket's, if that is its backend.
+    """
 
     id: int
     name: str
@@ -119,6 +155,8 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
     output_bytes: int = OUTPUT_BYTES
     input_bytes: int = INPUT_BYTES
     stall_ms: int = STALL_MS
+    max_clients: int = MAX_CLIENTS
+    access: Access = Access()
 
 
 class Guest(msgspec.Struct, frozen=True, kw_only=True):
@@ -127,7 +165,8 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
     The socket is either `socket_path`, to be created, or `fd`, inherited. `max_ports` is what the
     guest is told as max_nr_ports: every port's id is below it. `inband` offers notifications as
     messages of the session, `packed` virtqueues of that format. `cpus` are those its worker may run
-    on, none for all of the daemon's.
+    on, none for all of the daemon's. `access` is the vhost-user socket's; that and `tls` are a
+    port's too that says nothing of them.
     """
 
     name: str
@@ -141,6 +180,8 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
     inband: bool = False
     packed: bool = False
     cpus: tuple[int, ...] = ()
+    access: Access = Access()
+    tls: Tls | None = None
 
 
 class Daemon(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,6 +208,15 @@ class PortTable(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     output_bytes: int = OUTPUT_BYTES
     input_bytes: int = INPUT_BYTES
     stall_ms: int = STALL_MS
+    max_clients: int | None = None
+    insecure: bool = False
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_client_ca: str | None = None
+    socket_mode: str | None = None
+    socket_owner: str | None = None
+    socket_group: str | None = None
+    allow_uids: str | None = None
 
 
 class _GuestTable(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
@@ -181,6 +231,10 @@ class _GuestTable(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     inband: bool = False
     packed: bool = False
     cpus: str = ""
+    socket_mode: str | None = None
+    socket_owner: str | None = None
+    socket_group: str | None = None
+    allow_uids: str | None = None
 
 
 _Table = TypeVar("_Table", PortTable, _GuestTable)
@@ -214,14 +268,14 @@ def _wanted(annotation: object) -> str:
 
 
 def parse_port(text: str, where: str) -> PortTable:
-    """Return the port that `text` describes: key=value pairs between commas, or just `console`.
+    """Return the port that `text` describes: key=value pairs between commas, or just a flag's key.
 
     Raises ConfigError with a line that begins with `where`.
     """
     table: dict[str, object] = {}
     for item in text.split(","):
         key, _, value = item.partition("=")
-        if item == "console":
+        if item in ("console", "insecure"):
             value = "true"
         elif not (key and value):
             raise ConfigError(f"{where}: {item!r} is not key=value")
@@ -277,24 +331,108 @@ def _check_size(what: str, size: int, least: int, most: int) -> None:
 #: The keys of each backend, and whether it has to have them.
 _KEYS: dict[BackendKind, dict[str, bool]] = {
     BackendKind.NESTED: {},
-    BackendKind.NETWORK: {"host": False, "tcp-port": True},
-    BackendKind.UNIX: {"path": True},
+    BackendKind.NETWORK: {
+        "host": False,
+        "tcp-port": True,
+        "insecure": False,
+        "tls-cert": False,
+        "tls-key": False,
+        "tls-client-ca": False,
+    },
+    BackendKind.UNIX: {
+        "path": True,
+        "socket-mode": False,
+        "socket-owner": False,
+        "socket-group": False,
+        "allow-uids": False,
+    },
     BackendKind.PTY: {"link": False},
 }
 
 
-def _backend(table: PortTable, where: str) -> Backend:
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else text.split()
+
+
+def _access(
+    mode: str | None,
+    owner: str | None,
+    group: str | None,
+    allow: Sequence[str] | None,
+    where: str,
+    default: Access,
+) -> Access:
+    """Return the access that these texts describe, `default`'s where one is None.
+
+    Raises ConfigError with a line that begins with `where`.
+    """
+    names = "allow-uid" if where == "--" else "allow-uids"
+    texts = {
+        "socket-owner": owner,
+        "socket-group": group,
+        names: None if allow is None else "".join(allow),
+    }
+    for key, text in texts.items():
+        if text is not None and not text:
+            raise ConfigError(f"{where}{key} is empty: name somebody, or leave it out")
+    if mode is not None and not (re.fullmatch("[0-7]{1,4}", mode) and int(mode, 8) <= 0o777):
+        raise ConfigError(f"{where}socket-mode is {mode!r}, not an octal number such as 0660")
+    return Access(
+        mode=default.mode if mode is None else int(mode, 8),
+        owner=owner or default.owner,
+        group=group or default.group,
+        allow=tuple(allow or default.allow),
+    )
+
+
+def _tls(cert: str | None, key: str | None, client_ca: str | None, where: str) -> Tls | None:
+    """Return the TLS files, None without any; a key may be in its certificate's file.
+
+    Raises ConfigError with a line that begins with `where`.
+    """
+    for name, path in (("cert", cert), ("key", key), ("client-ca", client_ca)):
+        if path == "":
+            raise ConfigError(f"{where}tls-{name} is empty: give a file, or leave it out")
+        if path is not None and cert is None:
+            raise ConfigError(f"{where}tls-{name} needs tls-cert")
+    return None if cert is None else Tls(cert, key or cert, client_ca)
+
+
+def _network(table: PortTable, where: str, default: Tls | None) -> Network:
+    """Return a TCP listener, which other machines reach only by TLS or if that is asked for."""
+    number = table.tcp_port or 0
+    if not 1 <= number <= 65535:
+        raise ConfigError(f"{where}: tcp-port must be from 1 to 65535, not {number}")
+    try:
+        address = ip_address(host := table.host or LOCALHOST)
+    except ValueError:
+        raise ConfigError(f"{where}: host is {table.host!r}, not an IP address") from None
+    tls = _tls(table.tls_cert, table.tls_key, table.tls_client_ca, f"{where}: ")
+    if table.insecure:
+        if tls:
+            raise ConfigError(f"{where}: insecure means without TLS: leave out one of the two")
+        return Network(host, number)
+    tls = tls or default
+    if tls is None and not address.is_loopback:
+        raise ConfigError(
+            f"{where}: at {host} other machines could read and type: "
+            "give tls-cert and tls-key, or say insecure if that is wanted"
+        )
+    return Network(host, number, tls)
+
+
+def _backend(table: PortTable, where: str, tls: Tls | None) -> Backend:
     given = {
-        "host": table.host,
-        "tcp-port": table.tcp_port,
-        "path": table.path,
-        "link": table.link,
+        key: None if value == "" or value is False else value
+        for keys in _KEYS.values()
+        for key in keys
+        for value in [getattr(table, key.replace("-", "_"))]
     }
     keys = _KEYS[table.backend]
     for key, value in given.items():
-        if value not in ("", None) and key not in keys:
+        if value is not None and key not in keys:
             raise ConfigError(f"{where}: {key} does not go with backend {table.backend}")
-        if value in ("", None) and keys.get(key):
+        if value is None and keys.get(key):
             raise ConfigError(f"{where}: backend {table.backend} needs {key}")
         if "\0" in str(value):
             raise ConfigError(f"{where}: {key} is {value!r}, which nothing is called")
@@ -302,14 +440,7 @@ def _backend(table: PortTable, where: str) -> Backend:
         case BackendKind.NESTED:
             return Nested()
         case BackendKind.NETWORK:
-            number = table.tcp_port or 0
-            if not 1 <= number <= 65535:
-                raise ConfigError(f"{where}: tcp-port must be from 1 to 65535, not {number}")
-            try:
-                ip_address(host := table.host or LOCALHOST)
-            except ValueError:
-                raise ConfigError(f"{where}: host is {table.host!r}, not an IP address") from None
-            return Network(host, number)
+            return _network(table, where, tls)
         case BackendKind.UNIX:
             _check_path(table.path, f"{where}: path")
             return Unix(table.path)
@@ -317,8 +448,11 @@ def _backend(table: PortTable, where: str) -> Backend:
             return Pty(table.link or None)
 
 
-def _port(table: PortTable, port_id: int, where: str) -> Port:
-    """Return the port of `table`, checked as far as it stands alone."""
+def _port(table: PortTable, port_id: int, where: str, access: Access, tls: Tls | None) -> Port:
+    """Return the port of `table`, checked as far as it stands alone.
+
+    `access` and `tls` are its guest's.
+    """
     _check_name(table.name, where)
     _check_size(f"{where}: output-bytes", table.output_bytes, SMALLEST_OUTPUT, LARGEST_RING)
     _check_size(f"{where}: input-bytes", table.input_bytes, SMALLEST_INPUT, LARGEST_RING)
@@ -326,20 +460,39 @@ def _port(table: PortTable, port_id: int, where: str) -> Port:
         raise ConfigError(
             f"{where}: stall-ms must be from 0 to {LONGEST_STALL_MS}, not {table.stall_ms}"
         )
+    clients = MAX_CLIENTS if table.max_clients is None else table.max_clients
+    if not 1 <= clients <= MOST_CLIENTS:
+        raise ConfigError(f"{where}: max-clients must be from 1 to {MOST_CLIENTS}, not {clients}")
     return Port(
         id=port_id,
         name=table.name,
-        backend=_backend(table, where),
+        backend=_backend(table, where, tls),
         console=table.console,
         overflow=table.overflow or (Overflow.DROP if table.console else Overflow.BLOCK),
         output_bytes=table.output_bytes,
         input_bytes=table.input_bytes,
         stall_ms=table.stall_ms,
+        max_clients=clients,
+        access=_access(
+            table.socket_mode,
+            table.socket_owner,
+            table.socket_group,
+            _names(table.allow_uids),
+            f"{where}: ",
+            access,
+        ),
     )
 
 
-def _added(ports: Sequence[Port], tables: Sequence[_Port], first: int = 0) -> tuple[Port, ...]:
-    """Return `ports` and those of `tables`, by id.
+def _added(
+    ports: Sequence[Port],
+    tables: Sequence[_Port],
+    first: int = 0,
+    *,
+    access: Access,
+    tls: Tls | None,
+) -> tuple[Port, ...]:
+    """Return `ports` and those of `tables`, by id; `access` and `tls` are their guest's.
 
     A table without an id gets the lowest from `first` that no other has or wants. Raises
     ConfigError for two of the same id or name.
@@ -359,7 +512,7 @@ def _added(ports: Sequence[Port], tables: Sequence[_Port], first: int = 0) -> tu
             raise ConfigError(f"{where}: another port has id {port_id}")
         if any(port.name == table.name for port in done):
             raise ConfigError(f"{where}: another port has the name {table.name}")
-        done.append(_port(table, port_id, where))
+        done.append(_port(table, port_id, where, access, tls))
     return tuple(sorted(done, key=lambda port: port.id))
 
 
@@ -371,7 +524,7 @@ def with_port(guest: Guest, table: PortTable) -> tuple[Guest, Port]:
     where = f"port {table.name}"
     if table.backend is BackendKind.NESTED:
         raise ConfigError(f"{where}: the terminal cannot become a port's while the daemon runs")
-    ports = _added(guest.ports, [(where, table)], 1)
+    ports = _added(guest.ports, [(where, table)], 1, access=guest.access, tls=guest.tls)
     port = next(port for port in ports if port not in guest.ports)
     if port.id >= guest.max_ports:
         raise ConfigError(
@@ -408,6 +561,8 @@ def _guest(
     inband: bool,
     packed: bool,
     cpus: str,
+    access: Access,
+    tls: Tls | None,
     first: int = 0,
 ) -> Guest:
     """Return the guest that these describe; errors in its own numbers begin with `where`."""
@@ -416,7 +571,7 @@ def _guest(
     _check_size(f"{where}max-queue-size", max_queue_size, 1, LARGEST_QUEUE)
     if poll_us < 0:
         raise ConfigError(f"{where}poll-us must not be negative, not {poll_us}")
-    ports = _added((), tables, first)
+    ports = _added((), tables, first, access=access, tls=tls)
     if not ports or ports[0].id != 0:
         raise ConfigError(f"{where}port 0 is missing: every guest has it")
     least = ports[-1].id + 1
@@ -437,6 +592,8 @@ def _guest(
         inband=inband,
         packed=packed,
         cpus=_cpus(cpus, f"{where}cpus"),
+        access=access,
+        tls=tls,
     )
 
 
@@ -488,6 +645,16 @@ def from_options(
     inband: bool = False,
     packed: bool = False,
     cpus: str | None = None,
+    max_clients: int = MAX_CLIENTS,
+    socket_mode: str | None = None,
+    socket_owner: str | None = None,
+    socket_group: str | None = None,
+    allow_uid: Sequence[str] = (),
+    tcp_host: str | None = None,
+    tcp_insecure: bool = False,
+    tls_cert: str | None = None,
+    tls_key: str | None = None,
+    tls_client_ca: str | None = None,
 ) -> Daemon:
     """Return the daemon that the command line's options describe; `ports` are those of `--port`.
 
@@ -506,17 +673,27 @@ def from_options(
         raise ConfigError(f"--socket-count must be at least 1, not {socket_count}")
     if fd is not None and socket_count != 1:
         raise ConfigError("--fd is one socket: --socket-count must be 1")
-    if tcp_port is not None and backend is not BackendKind.NETWORK:
-        raise ConfigError("--tcp-port goes with --backend network")
+    for option, given in (("port", tcp_port), ("host", tcp_host)):
+        if given is not None and backend is not BackendKind.NETWORK:
+            raise ConfigError(f"--tcp-{option} goes with --backend network")
     if pty_link is not None and backend is not BackendKind.PTY:
         raise ConfigError("--pty-link goes with --backend pty")
     if backend is BackendKind.UNIX and socket_path is None:
         raise ConfigError("the unix backend needs --socket-path: its socket goes beside it")
+    access = _access(socket_mode, socket_owner, socket_group, allow_uid or None, "--", Access())
+    tls = _tls(tls_cert, tls_key, tls_client_ca, "--")
+    if tls and tcp_insecure:
+        raise ConfigError("--tcp-insecure means without TLS: leave out one of the two")
     tables = [(where := f"--port {text!r}", parse_port(text, where)) for text in ports]
     given_0 = any(table.id == 0 for _, table in tables)
     if given_0 and backend is not None:
         raise ConfigError("--backend describes port 0, and so does --port with id=0: give one")
     kind = backend or BackendKind.NESTED
+
+    def everyones(table: PortTable) -> PortTable:
+        plain = tcp_insecure and table.backend is BackendKind.NETWORK and not table.tls_cert
+        clients = max_clients if table.max_clients is None else table.max_clients
+        return msgspec.structs.replace(table, insecure=table.insecure or plain, max_clients=clients)
 
     guests = []
     for index in range(socket_count):
@@ -531,13 +708,14 @@ def from_options(
                 tcp_port=(tcp_port if tcp_port is not None else TCP_PORT) + index
                 if kind is BackendKind.NETWORK
                 else None,
+                host=tcp_host or "",
                 path=f"{path}.data" if kind is BackendKind.UNIX else "",
                 link=f"{pty_link}{index}" if pty_link else "",
             )
             own.insert(0, (f"--backend {kind}", port_0))
         guests.append(
             _guest(
-                own,
+                [(where, everyones(table)) for where, table in own],
                 "--",
                 name=f"fd{fd}" if path is None else _base_name(path),
                 socket_path=path,
@@ -549,6 +727,8 @@ def from_options(
                 inband=inband,
                 packed=packed,
                 cpus=cpus or "",
+                access=access,
+                tls=tls,
                 first=1,
             )
         )
@@ -577,12 +757,19 @@ def from_toml(text: bytes, source: str) -> Daemon:
         document = msgspec.toml.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source} is not TOML: {error}") from None
-    if unknown := document.keys() - {"guest", "cpus"}:
-        raise ConfigError(f"{source}: unknown key {min(unknown)!r}: there are [[guest]] and cpus")
-    everyones_cpus = document.get("cpus", "")
-    if not isinstance(everyones_cpus, str):
-        raise ConfigError(f"{source}: cpus is {everyones_cpus!r}, not a text")
+    shared: dict[str, str | None] = {}
+    for key in ("cpus", "tls-cert", "tls-key", "tls-client-ca"):
+        given = document.pop(key, None)
+        if given is not None and not isinstance(given, str):
+            raise ConfigError(f"{source}: {key} is {given!r}, not a text")
+        shared[key] = given
+    if unknown := document.keys() - {"guest"}:
+        raise ConfigError(
+            f"{source}: unknown key {min(unknown)!r}: there are [[guest]], {', '.join(shared)}"
+        )
+    everyones_cpus = shared["cpus"] or ""
     _cpus(everyones_cpus, f"{source}: cpus")
+    tls = _tls(shared["tls-cert"], shared["tls-key"], shared["tls-client-ca"], f"{source}: ")
     guests: list[Guest] = []
     for where, table in _tables(document, "guest", source):
         ports = _tables(table, "guest.port", where)
@@ -603,6 +790,15 @@ def from_toml(text: bytes, source: str) -> Daemon:
             inband=own.inband,
             packed=own.packed,
             cpus=own.cpus or everyones_cpus,
+            access=_access(
+                own.socket_mode,
+                own.socket_owner,
+                own.socket_group,
+                _names(own.allow_uids),
+                f"{where}: ",
+                Access(),
+            ),
+            tls=tls,
         )
         if any(guest.name == other.name for other in guests):
             raise ConfigError(f"{where}: another guest has the name {guest.name}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from vhost_device_console.config import (
+    Access,
     BackendKind,
     Daemon,
     Guest,
@@ -17,6 +18,7 @@ from vhost_device_console.config import (
     PortTable,
     Pty,
     ResizeOrder,
+    Tls,
     Unix,
     from_options,
     from_toml,
@@ -176,8 +178,8 @@ def test_a_console_port_drops_unless_it_is_said_otherwise() -> None:
 
 def test_everything_about_a_port_can_be_said() -> None:
     text = (
-        "id=9,name=c,backend=network,host=0.0.0.0,tcp-port=7,console=true,overflow=block,"
-        "output-bytes=131072,input-bytes=8192,stall-ms=0"
+        "id=9,name=c,backend=network,host=0.0.0.0,insecure,tcp-port=7,console=true,overflow=block,"
+        "output-bytes=131072,input-bytes=8192,stall-ms=0,max-clients=2"
     )
     assert ports(text)[1] == Port(
         id=9,
@@ -188,6 +190,7 @@ def test_everything_about_a_port_can_be_said() -> None:
         output_bytes=131072,
         input_bytes=8192,
         stall_ms=0,
+        max_clients=2,
     )
 
 
@@ -470,6 +473,10 @@ def test_everything_about_a_guest_can_be_said() -> None:
         resize-order = "linux-legacy"
         inband = true
         packed = true
+        socket-mode = "0660"
+        socket-owner = "qemu"
+        socket-group = "36"
+        allow-uids = "qemu 0"
         [[guest.port]]
         id = 3
         name = "a"
@@ -479,18 +486,24 @@ def test_everything_about_a_guest_can_be_said() -> None:
         output-bytes = 131072
         input-bytes = 8192
         stall-ms = 7
+        max-clients = 1
         [[guest.port]]
         name = "c"
         console = true
         backend = "network"
         host = "::"
         tcp-port = 5
+        tls-cert = "/c"
+        tls-key = "/k"
+        tls-client-ca = "/ca"
         [[guest.port]]
         name = "u"
         backend = "unix"
         path = "/run/u"
+        socket-group = "people"
         """
     )
+    access = Access(0o660, "qemu", "36", ("qemu", "0"))
     assert daemon.guests == (
         Guest(
             name="web",
@@ -501,14 +514,21 @@ def test_everything_about_a_guest_can_be_said() -> None:
             resize_order=ResizeOrder.LINUX_LEGACY,
             inband=True,
             packed=True,
+            access=access,
             ports=(
-                Port(id=0, name="c", backend=Network("::", 5)),
+                Port(
+                    id=0,
+                    name="c",
+                    backend=Network("::", 5, Tls("/c", "/k", "/ca")),
+                    access=access,
+                ),
                 Port(
                     id=1,
                     name="u",
                     backend=Unix("/run/u"),
                     console=False,
                     overflow=Overflow.BLOCK,
+                    access=Access(0o660, "qemu", "people", ("qemu", "0")),
                 ),
                 Port(
                     id=3,
@@ -518,6 +538,8 @@ def test_everything_about_a_guest_can_be_said() -> None:
                     output_bytes=131072,
                     input_bytes=8192,
                     stall_ms=7,
+                    max_clients=1,
+                    access=access,
                 ),
             ),
         ),
@@ -540,7 +562,7 @@ backend = "pty"
         ("guest = 5", "f.toml: one [[guest]] at least is needed"),
         ("guest = [1]", "f.toml: one [[guest]] at least is needed"),
         ("[[guest]]\nsocket =", "f.toml is not TOML: Invalid value"),
-        ('color = "red"', "f.toml: unknown key 'color': there are [[guest]] and cpus"),
+        ('color = "red"', "f.toml: unknown key 'color': there are [[guest]], cpus, tls-cert"),
         ("cpus = 2\n" + ONE, "f.toml: cpus is 2, not a text"),
         ('cpus = "x"\n' + ONE, "f.toml: cpus is 'x', not a list of CPUs"),
         (ONE.replace('"/a"', '"/a"\ncpus = "x"'), "guest 1: cpus is 'x', not a list of CPUs"),
@@ -569,6 +591,14 @@ backend = "pty"
         (ONE.replace('"/a"', '"/a"\ninband = "yes"'), "inband is 'yes', not true or false"),
         (ONE.replace('"pty"', '"nested"') + ONE.replace("/a", "/b"), "one port of one guest"),
         (ONE + '[[guest.port]]\nname = "c"\nbackend = "pty"', "port 2: another port has the name"),
+        ("tls-cert = 5\n" + ONE, "f.toml: tls-cert is 5, not a text"),
+        ('tls-cert = ""\n' + ONE, "f.toml: tls-cert is empty"),
+        ('tls-key = "k"\n' + ONE, "f.toml: tls-key needs tls-cert"),
+        (ONE.replace('"/a"', '"/a"\nsocket-mode = "rw"'), "guest 1: socket-mode is 'rw', not an"),
+        (ONE.replace('"/a"', '"/a"\nallow-uids = " "'), "guest 1: allow-uids is empty: name some"),
+        (ONE.replace('"/a"', '"/a"\nallow-uids = 5'), "guest 1: allow-uids is 5, not a text"),
+        (ONE + "max-clients = 4097", "port 1: max-clients must be from 1 to 4096, not 4097"),
+        (ONE + 'tls-cert = "c"', "port 1: tls-cert does not go with backend pty"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_line_with_its_table(text: str, line: str) -> None:
@@ -581,3 +611,110 @@ def test_a_file_that_is_not_text_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"f\.toml is not TOML: ") as raised:
         from_toml(b"\xff", "f.toml")
     one_line(raised.value, "utf-8")
+
+
+# Who is let in
+
+
+def network_of(daemon: Daemon, port: int = 0) -> Network:
+    backend = daemon.guests[0].ports[port].backend
+    assert isinstance(backend, Network)
+    return backend
+
+
+def test_sockets_are_their_owner_s_alone_unless_options_say_otherwise() -> None:
+    assert options().guests[0].access == Access(0o600, "", "", ())
+
+
+def test_access_options_hold_for_the_guest_s_socket_and_its_ports() -> None:
+    (guest,) = options(
+        backend=BackendKind.UNIX,
+        ports=["name=a,backend=unix,path=/a,socket-mode=666,allow-uids=me 5"],
+        socket_mode="0660",
+        socket_owner="qemu",
+        socket_group="36",
+        allow_uid=("0", "you"),
+    ).guests
+    everyones = Access(0o660, "qemu", "36", ("0", "you"))
+    assert (guest.access, guest.ports[0].access) == (everyones, everyones)
+    assert guest.ports[1].access == Access(0o666, "qemu", "36", ("me", "5"))
+
+
+@pytest.mark.parametrize(
+    "mode", ["", "9", "u+rw", "1777", "-1", "0o660", "\N{ARABIC-INDIC DIGIT SIX}"]
+)
+def test_a_mode_that_is_none_is_refused(mode: str) -> None:
+    with pytest.raises(ConfigError, match=r"--socket-mode is .+, not an octal number"):
+        options(socket_mode=mode)
+
+
+def test_other_machines_are_let_in_by_tls_or_on_demand_only() -> None:
+    with pytest.raises(ConfigError) as raised:
+        options(tcp_host="0.0.0.0")
+    one_line(raised.value, "--backend network: at 0.0.0.0 other machines could read and type: give")
+    assert network_of(options(tcp_host="0.0.0.0", tcp_insecure=True)).tls is None
+    assert network_of(options(tcp_host="0.0.0.0", tls_cert="c")).tls == Tls("c", "c")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.9", "::1"])
+def test_the_loopback_needs_no_tls(host: str) -> None:
+    assert network_of(options(tcp_host=host)) == Network(host, 12345)
+
+
+@pytest.mark.parametrize("host", ["::", "192.0.2.1", "fe80::1%eth0", "::ffff:192.0.2.1"])
+def test_a_port_added_later_is_no_way_around_it(host: str) -> None:
+    with pytest.raises(ConfigError, match=f"port b: at {host} other machines could read and type"):
+        with_port(guest(), table(f"name=b,backend=network,tcp-port=5,host={host}"))
+
+
+def test_a_port_has_the_daemon_s_tls_unless_it_says_otherwise() -> None:
+    daemon = options(
+        tls_cert="c",
+        tls_key="k",
+        tls_client_ca="ca",
+        ports=[
+            "name=a,backend=network,tcp-port=1",
+            "name=b,backend=network,tcp-port=2,tls-cert=other",
+            "name=c,backend=network,tcp-port=3,insecure",
+        ],
+    )
+    found = [network_of(daemon, port).tls for port in range(4)]
+    assert found == [Tls("c", "k", "ca"), Tls("c", "k", "ca"), Tls("other", "other"), None]
+
+
+def test_a_port_added_later_has_the_daemon_s_tls() -> None:
+    (before,) = options(tls_cert="c", max_ports=2).guests
+    _, port = with_port(before, table("name=b,backend=network,tcp-port=5"))
+    assert port.backend == Network("127.0.0.1", 5, Tls("c", "c"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"tls_cert": "c", "tcp_insecure": True}, "--tcp-insecure means without TLS"),
+        ({"tls_client_ca": "c"}, "--tls-client-ca needs tls-cert"),
+        ({"tls_cert": "c", "tls_key": ""}, "--tls-key is empty: give a file, or leave it out"),
+        ({"allow_uid": ("",)}, "--allow-uid is empty: name somebody"),
+        ({"socket_group": ""}, "--socket-group is empty: name somebody"),
+        ({"backend": BackendKind.PTY, "tcp_host": "::1"}, "--tcp-host goes with --backend network"),
+        ({"tcp_host": "localhost"}, "host is 'localhost', not an IP address"),
+        ({"max_clients": 0}, "max-clients must be from 1 to 4096, not 0"),
+        (
+            {"ports": ["name=a,backend=network,tcp-port=1,insecure,tls-cert=c"]},
+            "insecure means without TLS: leave out one of the two",
+        ),
+        (
+            {"ports": ["name=a,backend=unix,path=/a,insecure"]},
+            "insecure does not go with backend unix",
+        ),
+    ],
+)
+def test_access_that_makes_no_sense_is_one_line(changed: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        options(**changed)
+    one_line(raised.value, line)
+
+
+def test_a_port_s_limit_of_clients_is_the_daemon_s_unless_it_has_its_own() -> None:
+    (guest,) = options(max_clients=3, ports=["name=a,backend=pty,max-clients=5"]).guests
+    assert [port.max_clients for port in guest.ports] == [3, 5]
