@@ -48,13 +48,42 @@ class PortHealth(msgspec.Struct, array_like=True, kw_only=True):
     size_by: str = ""
 
 
+class Privileges(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """What a worker may still do, as its kernel said when it was confined.
+
+    `capabilities` are those left, `landlock` the version (ABI) in force, 0 for none, `seccomp` says
+    that only listed system calls are let through, `files` how many descriptors it may have.
+    `missing` has a reason for everything that could not be had.
+    """
+
+    user: str
+    capabilities: list[str]
+    no_new_privileges: bool
+    landlock: int
+    seccomp: bool
+    files: int
+    missing: list[str]
+
+    def __str__(self) -> str:
+        parts = [
+            f"user {self.user}",
+            f"capabilities {' '.join(self.capabilities) or 'none'}",
+            "no new privileges" if self.no_new_privileges else "",
+            f"Landlock {self.landlock}" if self.landlock else "",
+            "seccomp" if self.seccomp else "",
+            f"{self.files} descriptors",
+            *self.missing,
+        ]
+        return ", ".join(part for part in parts if part)
+
+
 class Health(msgspec.Struct, array_like=True, kw_only=True):
     """One worker's counters.
 
     `frontend` is the connected frontend's process id, 0 when it cannot be known, None when nobody
     is connected. `sessions` counts frontends so far, `kicks` and `calls` notifications, `chains`
     completed buffers, `refused` messages and frontends turned away, `broken` stopped virtqueues,
-    `ignored` control messages that made no sense.
+    `ignored` control messages that made no sense. `privileges` is None until it is confined.
     """
 
     frontend: int | None = None
@@ -66,6 +95,7 @@ class Health(msgspec.Struct, array_like=True, kw_only=True):
     broken: int = 0
     ignored: int = 0
     ports: list[PortHealth] = []
+    privileges: Privileges | None = None
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,0 +1,235 @@
+"""What the daemon and its workers may still do once they have what they need.
+
+A worker holds one guest's memory and reads what guests, frontends and clients send, so it is left
+with nothing but its descriptors: `confine_worker`. The master keeps what sockets take to be made
+and removed: `confine_master`. Both are for ever, and each may be called again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import grp
+import logging
+import os
+import pwd
+import resource
+import sys
+from contextlib import suppress
+from functools import cache
+from typing import NamedTuple
+
+from . import landlock, seccomp
+from .errors import ConfigError
+from .health import Privileges
+
+_log = logging.getLogger(__name__)
+
+#: Descriptors of a worker: 3 for each of 256 queues, 509 memory regions, 2 a client, and more.
+MOST_FILES = 16384
+
+# linux/prctl.h
+_SET_NO_NEW_PRIVS, _GET_NO_NEW_PRIVS = 38, 39
+_BOUNDING_DROP = 24
+_AMBIENT, _AMBIENT_CLEAR_ALL = 47, 4
+
+_CAPABILITY_VERSION = 0x20080522  # _LINUX_CAPABILITY_VERSION_3, of 64 bits
+
+#: By their numbers (linux/capability.h); others are called by theirs.
+_NAMES = {0: "chown", 1: "dac_override", 10: "net_bind_service"}
+
+#: What a master that stays root has use for: sockets in folders and with owners of others, and
+#: TCP ports below 1024.
+_MASTERS = sum(1 << number for number in _NAMES)
+
+#: Kinds of memory that are left out of a core file: what is shared, as guests' memory is (core(5)).
+_SHARED = 1 << 1 | 1 << 3 | 1 << 6 | 1 << 8
+
+_UMASK = 0o077
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _Header(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+
+
+class _Sets(ctypes.Structure):
+    """struct __user_cap_data_struct: 32 bits of each set; there are two of them, low bits first."""
+
+    _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]
+
+
+def _call(function: str, *arguments: object) -> int:
+    result: int = getattr(_libc, function)(*arguments)
+    if result < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{function}: {os.strerror(code)}")
+    return result
+
+
+def _prctl(*arguments: int) -> int:
+    return _call("prctl", *map(ctypes.c_ulong, (*arguments, *[0] * (5 - len(arguments)))))
+
+
+def _held() -> tuple[int, int]:
+    """Return the effective and the permitted capabilities of this thread, bit by bit."""
+    sets = (_Sets * 2)()
+    _call("capget", ctypes.byref(_Header(_CAPABILITY_VERSION, 0)), sets)
+    low, high = sets
+    return low.effective | high.effective << 32, low.permitted | high.permitted << 32
+
+
+def _keep_capabilities(wanted: int) -> None:
+    """Give up every capability but those of `wanted` that this process has."""
+    effective, permitted = _held()
+    kept = wanted & permitted
+    for number in range(64):
+        if not kept >> number & 1:
+            try:
+                _prctl(_BOUNDING_DROP, number)
+            except OSError:  # no more are known, or not ours to drop, and then no_new_privs does
+                break
+    _prctl(_AMBIENT, _AMBIENT_CLEAR_ALL)
+    if (effective, permitted) == (kept, kept):
+        return
+    sets = (_Sets * 2)()
+    for half, bits in enumerate((kept & 0xFFFFFFFF, kept >> 32)):
+        sets[half].effective = sets[half].permitted = bits
+    _call("capset", ctypes.byref(_Header(_CAPABILITY_VERSION, 0)), sets)
+
+
+class User(NamedTuple):
+    """Who to become."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: list[int]
+
+
+def look_up(user: str) -> User:
+    """Return whom `--user NAME[:GROUP]` means, by names or numbers. Raises ConfigError."""
+    name, _, group = user.partition(":")
+    try:
+        found = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
+    except (KeyError, OverflowError):
+        raise ConfigError(f"--user {user}: there is no user {name}") from None
+    if not group:
+        return User(
+            found.pw_name,
+            found.pw_uid,
+            found.pw_gid,
+            os.getgrouplist(found.pw_name, found.pw_gid),
+        )
+    try:
+        gid = (grp.getgrgid(int(group)) if group.isdecimal() else grp.getgrnam(group)).gr_gid
+    except (KeyError, OverflowError):
+        raise ConfigError(f"--user {user}: there is no group {group}") from None
+    return User(found.pw_name, found.pw_uid, gid, [gid])
+
+
+def _become(user: User) -> None:
+    """Be `user`, for ever. Raises ConfigError when this process may not."""
+    if (os.getresuid(), os.getresgid()) == ((user.uid,) * 3, (user.gid,) * 3):
+        return
+    try:
+        os.setgroups(user.groups)
+        os.setresgid(user.gid, user.gid, user.gid)
+        os.setresuid(user.uid, user.uid, user.uid)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(
+            f"--user: cannot become {user.name}: {reason}; start the daemon as root or as that user"
+        ) from None
+
+
+def confine_master(user: User | None) -> None:
+    """Become `user`, if any, and give up what a master has no use for.
+
+    To be called when every socket is made. Raises ConfigError when this process may not become
+    `user`.
+    """
+    os.umask(_UMASK)
+    if user is not None:
+        _become(user)
+    elif os.geteuid() == 0:
+        _log.warning("it runs as root, where another user would do: name one with --user")
+    _keep_capabilities(_MASTERS if os.geteuid() == 0 else 0)
+    _prctl(_SET_NO_NEW_PRIVS, 1)
+
+
+def prepare() -> None:
+    """Load what a confined worker could not, for all that are forked afterwards."""
+    _user_name()
+    with suppress(OSError):
+        seccomp.library()
+    try:
+        raise ConfigError("")
+    except ConfigError:
+        logging.Formatter().formatException(sys.exc_info())
+
+
+@cache
+def _user_name() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+def confine_worker(sandbox: bool) -> Privileges:
+    """Leave this process nothing but its descriptors, and say what is in force.
+
+    Without `sandbox` it keeps files, sockets and system calls, for debuggers, and nothing else.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _keep_guests_from_cores()
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    files = _limit_files()
+    _keep_capabilities(0)
+    _prctl(_SET_NO_NEW_PRIVS, 1)
+    no_new_privileges = bool(_prctl(_GET_NO_NEW_PRIVS))
+    capabilities = _names(_held()[0])
+    missing = []
+    abi, filtered = 0, False
+    if not sandbox:
+        missing.append("no sandbox: it was switched off")
+    else:
+        try:
+            abi = landlock.restrict_self()
+        except OSError as error:
+            missing.append(f"no Landlock: {error.strerror}")
+        try:
+            seccomp.restrict_self()
+            filtered = True
+        except OSError as error:
+            missing.append(f"no seccomp: {error.strerror}")
+    return Privileges(
+        user=_user_name(),
+        capabilities=capabilities,
+        no_new_privileges=no_new_privileges,
+        landlock=abi,
+        seccomp=filtered,
+        files=files,
+        missing=missing,
+    )
+
+
+def _keep_guests_from_cores() -> None:
+    """Leave shared memory out of cores: what they are piped to need not heed their limit."""
+    # Where it cannot be opened, after a change of user, the kernel makes no core at all.
+    with suppress(OSError), open("/proc/self/coredump_filter", "r+") as kinds:
+        kept = int(kinds.read(), 16) & ~_SHARED
+        kinds.seek(0)
+        kinds.write(f"{kept:#x}")
+
+
+def _limit_files() -> int:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return most
+
+
+def _names(capabilities: int) -> list[str]:
+    return [_NAMES.get(n, str(n)) for n in range(64) if capabilities >> n & 1]
