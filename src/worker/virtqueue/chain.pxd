@@ -15,6 +15,7 @@ cdef extern from *:
     ctypedef unsigned int shared32
     ctypedef unsigned long long shared64
 
+cdef unsigned long long _LOW32
 cdef long long _CALL_NS
 cdef long long _LIGHT
 cdef int _LOOKS
@@ -37,6 +38,10 @@ cdef class ChainReader:
     cdef object _log
     cdef object _log_used
     cdef object _noted
+    cdef shared64[::1] _word
+    cdef Output _output
+    cdef object _input
+    cdef bint _unmarked
     cdef unsigned long long _unasked
     cdef unsigned long long _start
     cdef long long _room
@@ -53,6 +58,8 @@ cdef class ChainReader:
     cdef bint _move_next(self, Output output, long long limit) except *
     cpdef long long _move_direct(self, Output output, long long most, long long limit) except *
     cpdef bint publish(self) except *
+    @cython.locals(offset=cython.ulonglong)
+    cdef _record(self, unsigned long long begin, unsigned long long pushed)
     cdef bint _call_wanted(self) except *
     cpdef _expose(self)
     cpdef bint _asks_for_call(self) except *

@@ -8,7 +8,8 @@ from time import monotonic_ns
 from typing import Protocol
 
 from ...errors import GuestError, RefusedError
-from ...journal import Output
+from ...journal import Input, Output
+from ...ledger import Page
 from . import fence
 from .features import EVENT_IDX, INDIRECT_DESC
 from .log import DirtyLog
@@ -19,6 +20,8 @@ WRITE = 2
 INDIRECT = 4
 
 DESC_SIZE = 16
+
+_LOW32 = 0xFFFFFFFF
 
 #: Linux and QEMU allow indirect tables longer than the ring itself, up to this many entries.
 _LONGEST_INDIRECT = 1024
@@ -75,7 +78,16 @@ class ChainReader:
     """
 
     def __init__(
-        self, memory: GuestMemory, size: int, *, features: int, writable: bool, most_bytes: int
+        self,
+        memory: GuestMemory,
+        size: int,
+        *,
+        features: int,
+        writable: bool,
+        most_bytes: int,
+        page: Page,
+        stream: Output | Input | None,
+        resumed: bool,
     ) -> None:
         self.size = size
         self._memory = memory
@@ -86,6 +98,10 @@ class ChainReader:
         self._log: DirtyLog | None = None
         self._log_used: int | None = None
         self._noted: deque[list[tuple[int, int]]] = deque()  # of each chain popped and not pushed
+        self._word = page.word
+        self._output = stream if isinstance(stream, Output) else None
+        self._input = stream if isinstance(stream, Input) else None
+        self._unmarked = resumed  # a predecessor may have written more than it marked
         self.held = 0
         self._in_batches = True
         self._portion = _PORTION
@@ -103,6 +119,7 @@ class ChainReader:
 
         Returns how many were moved. Raises GuestError as `pop` does; those before count.
         """
+        self._output = output
         taken = 0
         began = output.head
         while True:
@@ -111,7 +128,6 @@ class ChainReader:
                 moved = self._move(output, min(most - taken, self._portion), limit)
                 asleep = self._call_wanted()  # for what it could see all the while
             finally:
-                output.commit()
                 self._expose()
             taken += moved
             size = output.head - before
@@ -189,6 +205,20 @@ class ChainReader:
         self._unasked = 0
         return wanted
 
+    def _record(self, begin: int, pushed: int) -> None:
+        """Commit what the guest sees next: so many, from `begin` on, and the stream as it is.
+
+        A successor shows it to the guest if it is not to be seen by then; all else that was popped
+        is popped again.
+        """
+        offset = 0
+        if self._output is not None:
+            self._output.commit()
+            offset = self._output.head
+        elif self._input is not None:
+            offset = self._input.tail
+        self._word[0] = (offset & _LOW32) << 32 | begin << 16 | pushed
+
     def _call_wanted(self) -> bool:
         """Say whether the guest wants a call for what it was not asked about yet."""
         if not self._unasked:
@@ -236,6 +266,9 @@ class ChainReader:
             for addr, size in self._own_words(used_addr):
                 if not log.covers(addr, size):
                     raise RefusedError(f"the dirty log ends before a ring's words at {addr:#x}")
+                if self._unmarked:
+                    log.mark(addr, size)
+        self._unmarked = False
         self._log = log
         self._log_used = None if log is None else used_addr
         self._inline = self._most_bytes if log is None or not self._direction else 0
@@ -275,7 +308,7 @@ class ChainReader:
         raise NotImplementedError
 
     def _expose(self) -> None:
-        """Let the guest see what was pushed, and count it as `_unasked`."""
+        """Commit what was pushed, let the guest see it, and count it as `_unasked`."""
         raise NotImplementedError
 
     def _asks_for_call(self) -> bool:

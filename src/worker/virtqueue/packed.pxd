@@ -25,14 +25,14 @@ cdef class PackedQueue(ChainReader):
     cdef long _used
     cdef unsigned int _used_lap
     cdef long _pushed
-    cdef unsigned int[::1] _heads
-    cdef unsigned int[::1] _lengths
+    cdef shared32[::1] _heads
+    cdef shared32[::1] _lengths
 
     cpdef bint ready(self) except *
     @cython.locals(
         desc=shared64[::1],
-        heads="unsigned int[::1]",
-        lengths="unsigned int[::1]",
+        heads=shared32[::1],
+        lengths=shared32[::1],
         source="unsigned char[::1]",
         size=cython.long,
         start=cython.ulonglong,

@@ -10,10 +10,11 @@ id are read at once and a used descriptor appears at once.
 
 from __future__ import annotations
 
-from array import array
+from typing import Any
 
 from ...errors import GuestError, RefusedError
 from ...journal import Output
+from ...ledger import MOST_PUSHES, Page, Pending
 from . import fence
 from .chain import DESC_SIZE, INDIRECT, NEXT, WRITE, Chain, ChainReader
 from .fence import WEAKLY_ORDERED
@@ -38,7 +39,7 @@ class PackedQueue(ChainReader):
     """One running packed ring: `pop` buffers, `push` them back in order, `publish`.
 
     A chain's `head` is its buffer id, with the number of its descriptors in the bits from 16 up.
-    What was pushed leaves no trace in the ring before it is published.
+    What was pushed leaves no trace in the ring before it is published: it is in the ledger's page.
     """
 
     def __init__(
@@ -49,31 +50,31 @@ class PackedQueue(ChainReader):
         avail: int,
         used: int,
         *,
-        features: int,
         base: int,
-        writable: bool,
-        most_bytes: int,
+        page: Page,
+        resume: Pending | None,
+        **options: Any,
     ) -> None:
         """Place a ring of `size` descriptors at the frontend address `desc`.
 
         `avail` and `used` are those of the driver's and the device's event suppression. `base` is
         what SET_VRING_BASE said; its used half counts, since buffers are completed in order here:
-        everything before it is done and everything after it is not. The other arguments are those
-        of `SplitQueue`. Raises RefusedError when an area is misaligned or not within one memory
-        region, or `base` names no entry of the ring.
+        everything before it is done and everything after it is not. Raises RefusedError when an
+        area is misaligned or not within one memory region, or `base` names no entry of the ring.
         """
         if desc % 16 or avail % 4 or used % 4:
             raise RefusedError(
                 f"a ring is misaligned: descriptors {desc:#x}, events {avail:#x} and {used:#x}"
             )
-        super().__init__(memory, size, features=features, writable=writable, most_bytes=most_bytes)
+        super().__init__(memory, size, page=page, resumed=resume is not None, **options)
         words = memory.user(desc, DESC_SIZE * size).cast("Q")
         self._desc = words
         self._desc_addr = memory.guest_addr(desc)
         self._driver_event = memory.user(avail, 4).cast("I")
         self._device_event = memory.user(used, 4).cast("I")
-        start = base >> 16
-        if start == 0 and not any(word >> 48 & _USED for word in words[1::2]):
+        self._heads, self._lengths = page.heads, page.lengths
+        start = base >> 16 if resume is None else resume.begin
+        if resume is None and start == 0 and not any(word >> 48 & _USED for word in words[1::2]):
             # After a lap some entry has USED set, the first one of a chain that was used on it. So
             # this ring is fresh, and somebody knows of no wrap counters (Linux says 0 of any fresh
             # ring in User Mode Linux).
@@ -81,6 +82,7 @@ class PackedQueue(ChainReader):
         if start & _ENTRY >= size:
             raise RefusedError(f"a packed ring of {size} entries cannot go on at {base:#x}")
         self._begin(start, start)
+        self._show([] if resume is None else resume.pushes)
 
     def _begin(self, next_: int, used: int) -> None:
         """Go on at these places, each an entry and in bit 15 its wrap counter."""
@@ -88,9 +90,24 @@ class PackedQueue(ChainReader):
         self._lap = _AVAIL if next_ & _WRAP else _USED  # an available entry's flags there
         self._used = used & _ENTRY  # the entry to use next
         self._used_lap = _LAP if used & _WRAP else 0  # a used entry's flags there
-        self._pushed = 0  # `push`es that are not published: `head` and `written` of each
-        self._heads = memoryview(array("I", bytes(4 * self.size)))
-        self._lengths = memoryview(array("I", bytes(4 * self.size)))
+        self._pushed = 0  # so many of `_heads` and `_lengths` are not published
+
+    def _show(self, pushes: list[tuple[int, int]]) -> None:
+        """Let the guest see what a predecessor pushed here, unless it does; go on after that."""
+        for at, (head, written) in enumerate(pushes):
+            self._heads[at], self._lengths[at] = head, written
+        self._pushed = len(pushes)
+        end = self._end()
+        if PackedQueue.ready(self):  # as the first of them was when it was popped
+            PackedQueue._expose(self)
+        self._begin(end, end)
+        self._record(end, 0)
+
+    def _end(self) -> int:
+        """Return the place after what was pushed."""
+        skipped = sum([head >> 16 for head in self._heads[: self._pushed]])
+        laps, at = divmod(self._used + skipped, self.size)
+        return at | (_WRAP if bool(self._used_lap) != bool(laps & 1) else 0)
 
     @property
     def index(self) -> int:
@@ -178,7 +195,7 @@ class PackedQueue(ChainReader):
         source, start, room = self._bytes, self._start, self._room
         largest = min(self._inline, output.size)
         next_, lap, pushed = self._next, self._lap, self._pushed
-        most = min(most, size - pushed)
+        most = min(most, size - pushed, MOST_PUSHES - 1 - pushed)
         moved = 0
         while moved < most:
             word = desc[2 * next_ + 1]
@@ -225,11 +242,20 @@ class PackedQueue(ChainReader):
         self._pushed += 1
         if self._log is not None:
             self._mark_written(written)
+        if self._pushed == MOST_PUSHES:
+            self._expose()
+
+    def pending(self) -> Pending:
+        """Return what was pushed and is not visible yet."""
+        heads, lengths = self._heads[: self._pushed], self._lengths[: self._pushed]
+        pushes = [*zip(heads, lengths, strict=True)]
+        return Pending(self.index & _INDEX, self._pushed, pushes)
 
     def _expose(self) -> None:
         if not self._pushed:
             return
         desc, size, at, lap = self._desc, self.size, self._used, self._used_lap
+        self._record(at | lap & _WRAP, self._pushed)
         first = 0
         skipped = 0
         for index in range(self._pushed):
@@ -250,6 +276,7 @@ class PackedQueue(ChainReader):
         if WEAKLY_ORDERED:  # 2.8.12: the guest looks at the others once it saw the first
             fence.full()
         desc[2 * self._used + 1] = first
+        self._record(at | lap & _WRAP, 0)  # from here on the pushes can be overwritten
         if self._log_used is not None:
             self._mark_used()
         self._pushed = 0

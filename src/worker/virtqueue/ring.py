@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 from ... import config
 from ...errors import RefusedError
-from ...journal import Output
+from ...journal import Input, Output
+from ...ledger import Page, Pending
 from .chain import Chain
 from .features import EVENT_IDX, IN_ORDER, INDIRECT_DESC, RING_PACKED, RING_RESET
 from .inflight import PackedState, SplitState
@@ -24,7 +25,11 @@ RING_FEATURES = INDIRECT_DESC | EVENT_IDX | IN_ORDER | RING_RESET
 
 
 class Ring(Protocol):
-    """One running ring: `pop` buffers, `push` them back in order, `publish`."""
+    """One running ring: `pop` buffers, `push` them back in order, `publish`.
+
+    What is pushed may be visible before that, if it is very much: so whoever moves a stream moves
+    it by a buffer's bytes before the buffer is pushed.
+    """
 
     @property
     def size(self) -> int:
@@ -66,6 +71,9 @@ class Ring(Protocol):
 
     def push(self, head: int, written: int) -> None:
         """Complete the oldest popped chain, `head`, with `written` bytes; not visible yet."""
+
+    def pending(self) -> Pending:
+        """Return what was pushed and is not visible yet, to be given to a successor's `place`."""
 
     def publish(self) -> bool:
         """Let the guest see what was pushed; return whether it wants a call."""
@@ -109,6 +117,9 @@ def place(
     writable: bool,
     most_bytes: int,
     inflight: SplitState | PackedState | None = None,
+    ledger: Page | None = None,
+    stream: Output | Input | None = None,
+    resume: Pending | None = None,
 ) -> Ring:
     """Return the ring of `size` entries at the frontend addresses of SET_VRING_ADDR.
 
@@ -117,6 +128,12 @@ def place(
     `writable` says which way the guest's buffers go: True when this side fills them.
     A chain of more than `most_bytes` is an error. With `inflight`, what is popped is kept there
     until it is published, and what a predecessor left there is popped first.
+
+    Before the guest sees what was pushed, it is committed in `ledger`, with how far that brings
+    `stream`, whose buffers these are. After the ring's worker was killed, `resume` is what was
+    committed there, or `pending` elsewhere: where the ring goes on, whatever `base` says. It is all
+    visible then, and nothing else is. The stream must have gone back before, and the guest may miss
+    a call.
 
     Raises RefusedError when no ring of the negotiated format can be there: its size is none of
     that format's, an area is misaligned or not within one memory region, `base` is no place in it,
@@ -131,6 +148,9 @@ def place(
         "features": features,
         "writable": writable,
         "most_bytes": most_bytes,
+        "page": ledger or Page(),
+        "stream": stream,
+        "resume": resume,
     }
     if isinstance(inflight, PackedState):
         return TrackedPackedQueue(*where, **options, base=base, state=inflight)

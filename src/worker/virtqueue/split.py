@@ -8,8 +8,11 @@ read once and only that copy is used; whatever this side writes is remembered he
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...errors import GuestError, RefusedError
 from ...journal import Output
+from ...ledger import Pending
 from . import fence
 from .chain import DESC_SIZE, INDIRECT, NEXT, Chain, ChainReader
 from .fence import WEAKLY_ORDERED
@@ -26,8 +29,9 @@ _LOW32 = 0xFFFFFFFF
 class SplitQueue(ChainReader):
     """One running split ring: `pop` buffers, `push` them back in order, `publish`.
 
-    Resumes at the used index found in memory: buffers are completed in order here, so everything
-    before it is done and everything after it is not, whoever served the ring before.
+    Goes on at the used index found in memory: buffers are completed in order here, so everything
+    before it is done and everything after it is not, whoever served the ring before. What a
+    predecessor pushed is in the used ring whether the guest was to see it by then or not.
     """
 
     def __init__(
@@ -38,21 +42,18 @@ class SplitQueue(ChainReader):
         avail: int,
         used: int,
         *,
-        features: int,
-        writable: bool,
-        most_bytes: int,
+        resume: Pending | None,
+        **options: Any,
     ) -> None:
         """Place a ring of `size` entries at the frontend addresses `desc`, `avail`, `used`.
 
-        `writable` says which way the guest's buffers go: True when this side fills them.
-        A chain of more than `most_bytes` is an error. Raises RefusedError when an area is
-        misaligned or not within one memory region.
+        Raises RefusedError when an area is misaligned or not within one memory region.
         """
         if desc % 16 or avail % 2 or used % 4:
             raise RefusedError(
                 f"a ring is misaligned: descriptors {desc:#x}, available {avail:#x}, used {used:#x}"
             )
-        super().__init__(memory, size, features=features, writable=writable, most_bytes=most_bytes)
+        super().__init__(memory, size, resumed=resume is not None, **options)
         self._desc = memory.user(desc, DESC_SIZE * size).cast("Q")
         # Each ring ends with the other side's event index, used with EVENT_IDX only.
         event = 2 if self._event_idx else 0
@@ -62,11 +63,15 @@ class SplitQueue(ChainReader):
         self._elements = whole[4 : 4 + 8 * size].cast("Q")
         self._used_event_at = 2 + size
         self._avail_event_at = 2 + 4 * size
-        start = self._used[1]
+        if resume is None:
+            start = self._used[1]
+        else:
+            start = self._used[1] = (resume.begin + resume.pushed) & _INDEX
         self._next = start  # the available entry to pop next
         self._known = start  # avail.idx as last read
         self._pushed = start
         self._published = start
+        self._record(start, 0)
 
     @property
     def index(self) -> int:
@@ -188,10 +193,15 @@ class SplitQueue(ChainReader):
         if self._log is not None:
             self._mark_written(written)
 
+    def pending(self) -> Pending:
+        """Return what was pushed and is not visible yet; it is in the used ring."""
+        return Pending(self._published, (self._pushed - self._published) & _INDEX, [])
+
     def _expose(self) -> None:
         old, new = self._published, self._pushed
         if old == new:
             return
+        self._record(old, (new - old) & _INDEX)
         if WEAKLY_ORDERED:  # 2.7.14: elements before the index that makes them visible
             fence.full()
         self._used[1] = new

@@ -101,6 +101,7 @@ class TrackedPackedQueue(PackedQueue):
         if at >= self.size:
             at, wrap = at - self.size, wrap ^ _WRAP
         self._begin(at | wrap, used)
+        self._record(used, 0)
         self._open: deque[int] = deque()  # keys of what is popped and not pushed
         self._batch: list[int] = []
         # Keys of what was popped since the last push, each with what `_again` had, if it had it.
@@ -162,11 +163,7 @@ class TrackedPackedQueue(PackedQueue):
     def _expose(self) -> None:
         if not self._batch:
             return
-        at = self._used + sum([head >> 16 for head in self._heads[: self._pushed]])
-        wrap = bool(self._used_lap)
-        if at >= self.size:
-            at, wrap = at - self.size, not wrap
-        place = at | wrap << 15
+        place = self._end()
         self._state.completing(self._batch, place)
         PackedQueue._expose(self)  # noqa: SLF001
         self._state.completed(self._batch, place)

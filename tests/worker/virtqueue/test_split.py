@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from vhost_device_console.errors import GuestError, RefusedError
+from vhost_device_console.ledger import Page
 from vhost_device_console.testing import Buffer, GuestMemory, SplitDriver
 from vhost_device_console.worker.vhost_user.message import Region
 from vhost_device_console.worker.virtqueue import memory as mapped
@@ -66,6 +67,9 @@ class Ring:
             features=self.features,
             writable=self.writable,
             most_bytes=self.most,
+            page=Page(),
+            stream=None,
+            resume=None,
         )
 
     def give(self, *data: bytes, indirect: bool = False) -> None:

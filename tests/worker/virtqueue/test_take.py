@@ -591,9 +591,9 @@ def test_nothing_is_used_before_it_counts(taker: MakeTaker, kind: Kind, way: str
             r.write(next(data), way=rng.choice(WAYS) if way == "mixed" else way)
 
     assert isinstance(r.output, Watched)
-    meanwhile()
     r.output.meanwhile = meanwhile
     for _ in range(20):
+        meanwhile()
         r.take(16)
         r.side.queue.publish()
     r.output.meanwhile = lambda: None
