@@ -132,10 +132,11 @@ class Log:
         """Return what is to be written next, and have the record say so."""
         output = self._output
         data: memoryview | bytes = b""
-        if not self._lost:
-            self._lost = max(0, output.tail - self._offset)
-            self._offset += self._lost
-            self.missed += self._lost
+        if not self._told:
+            more = max(0, output.tail - self._offset)
+            self._lost += more
+            self._offset += more
+            self.missed += more
         if self._lost:
             data = gap(self._lost)[self._told :]
         elif self._offset < output.head:
@@ -237,7 +238,7 @@ class Log:
         if self._retry.due is None:
             self.flush()
         else:
-            self._try_again()
+            self._retry.fire()
         self._retry.stop()
         left = self._output.head - self._offset
         if left > 0:
