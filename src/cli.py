@@ -243,6 +243,16 @@ class _Words(click.Choice):  # type: ignore[type-arg,unused-ignore]  # generic s
     help="The CPUs to serve guests on, such as 2-5,8; by default all that the daemon may use.",
 )
 @click.option(
+    "--user",
+    metavar="NAME[:GROUP]",
+    help="Become this user, started as root, as soon as all sockets are there.",
+)
+@click.option(
+    "--no-sandbox",
+    is_flag=True,
+    help="Let workers open files and sockets, which they never need: for debuggers.",
+)
+@click.option(
     "--log-level",
     type=click.Choice(["error", "warning", "info", "debug"]),
     default="info",

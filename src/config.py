@@ -166,7 +166,7 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
     guest is told as max_nr_ports: every port's id is below it. `inband` offers notifications as
     messages of the session, `packed` virtqueues of that format. `cpus` are those its worker may run
     on, none for all of the daemon's. `access` is the vhost-user socket's; that and `tls` are a
-    port's too that says nothing of them.
+    port's too that says nothing of them. With `sandbox` its worker can open no file or socket.
     """
 
     name: str
@@ -182,12 +182,14 @@ class Guest(msgspec.Struct, frozen=True, kw_only=True):
     cpus: tuple[int, ...] = ()
     access: Access = Access()
     tls: Tls | None = None
+    sandbox: bool = True
 
 
 class Daemon(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything one master serves."""
+    """Everything one master serves, and as whom: NAME[:GROUP], or None for whoever started it."""
 
     guests: tuple[Guest, ...]
+    user: str | None = None
 
 
 class PortTable(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
@@ -563,6 +565,7 @@ def _guest(
     cpus: str,
     access: Access,
     tls: Tls | None,
+    sandbox: bool,
     first: int = 0,
 ) -> Guest:
     """Return the guest that these describe; errors in its own numbers begin with `where`."""
@@ -594,6 +597,7 @@ def _guest(
         cpus=_cpus(cpus, f"{where}cpus"),
         access=access,
         tls=tls,
+        sandbox=sandbox,
     )
 
 
@@ -612,7 +616,7 @@ def _addresses(guest: Guest) -> Iterator[tuple[str, str]]:
                 yield link, owner
 
 
-def _daemon(guests: Sequence[Guest]) -> Daemon:
+def _daemon(guests: Sequence[Guest], user: str | None) -> Daemon:
     """Return the daemon of `guests`, which may not want the same things."""
     nested = [port for guest in guests for port in guest.ports if isinstance(port.backend, Nested)]
     if nested and (len(nested) > 1 or len(guests) > 1):
@@ -626,7 +630,7 @@ def _daemon(guests: Sequence[Guest]) -> Daemon:
             if address in owners:
                 raise ConfigError(f"{address} is given twice: to {owners[address]} and to {owner}")
             owners[address] = owner
-    return Daemon(guests=tuple(guests))
+    return Daemon(guests=tuple(guests), user=user)
 
 
 def from_options(
@@ -655,6 +659,8 @@ def from_options(
     tls_cert: str | None = None,
     tls_key: str | None = None,
     tls_client_ca: str | None = None,
+    user: str | None = None,
+    no_sandbox: bool = False,
 ) -> Daemon:
     """Return the daemon that the command line's options describe; `ports` are those of `--port`.
 
@@ -669,6 +675,8 @@ def from_options(
         raise ConfigError("--socket-path is empty")
     if cpus == "":
         raise ConfigError("--cpus is empty: give a list of CPUs such as 2-5,8")
+    if user == "":
+        raise ConfigError("--user is empty: name one, or leave it out")
     if socket_count < 1:
         raise ConfigError(f"--socket-count must be at least 1, not {socket_count}")
     if fd is not None and socket_count != 1:
@@ -729,13 +737,14 @@ def from_options(
                 cpus=cpus or "",
                 access=access,
                 tls=tls,
+                sandbox=not no_sandbox,
                 first=1,
             )
         )
     nested = any(isinstance(port.backend, Nested) for port in guests[0].ports)
     if nested and fd is not None and fd <= 2:
         raise ConfigError(f"--fd {fd} is the terminal's place: the nested backend needs it")
-    return _daemon(guests)
+    return _daemon(guests, user)
 
 
 def _numbered(table: PortTable, index: int) -> PortTable:
@@ -758,15 +767,21 @@ def from_toml(text: bytes, source: str) -> Daemon:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source} is not TOML: {error}") from None
     shared: dict[str, str | None] = {}
-    for key in ("cpus", "tls-cert", "tls-key", "tls-client-ca"):
+    for key in ("cpus", "tls-cert", "tls-key", "tls-client-ca", "user"):
         given = document.pop(key, None)
         if given is not None and not isinstance(given, str):
             raise ConfigError(f"{source}: {key} is {given!r}, not a text")
         shared[key] = given
+    sandbox = document.pop("sandbox", True)
+    if not isinstance(sandbox, bool):
+        raise ConfigError(f"{source}: sandbox is {sandbox!r}, not true or false")
     if unknown := document.keys() - {"guest"}:
         raise ConfigError(
-            f"{source}: unknown key {min(unknown)!r}: there are [[guest]], {', '.join(shared)}"
+            f"{source}: unknown key {min(unknown)!r}: "
+            f"there are [[guest]], {', '.join(shared)}, sandbox"
         )
+    if shared["user"] == "":
+        raise ConfigError(f"{source}: user is empty: name one, or leave it out")
     everyones_cpus = shared["cpus"] or ""
     _cpus(everyones_cpus, f"{source}: cpus")
     tls = _tls(shared["tls-cert"], shared["tls-key"], shared["tls-client-ca"], f"{source}: ")
@@ -799,11 +814,12 @@ def from_toml(text: bytes, source: str) -> Daemon:
                 Access(),
             ),
             tls=tls,
+            sandbox=sandbox,
         )
         if any(guest.name == other.name for other in guests):
             raise ConfigError(f"{where}: another guest has the name {guest.name}")
         guests.append(guest)
-    return _daemon(guests)
+    return _daemon(guests, shared["user"])
 
 
 def _tables(

@@ -57,6 +57,8 @@ def test_help_names_every_option(option: str, folder: Path) -> None:
         "--packed",
         "--poll-us",
         "--cpus",
+        "--user",
+        "--no-sandbox",
         "--log-level",
         "--print-capabilities",
         "-V, --version",

@@ -119,6 +119,7 @@ def test_limits_reach_the_guest() -> None:
         ({"max_queue_size": 100}, "power of two from 1 to 32768, not 100"),
         ({"max_queue_size": 65536}, "power of two from 1 to 32768, not 65536"),
         ({"cpus": ""}, "--cpus is empty: give a list of CPUs such as 2-5,8"),
+        ({"user": ""}, "--user is empty: name one, or leave it out"),
         ({"cpus": "1,,2"}, "--cpus is '1,,2', not a list of CPUs such as 2-5,8"),
         ({"cpus": "1-"}, "--cpus is '1-', not a list of CPUs such as 2-5,8"),
         ({"cpus": "-1"}, "--cpus is '-1', not a list of CPUs such as 2-5,8"),
@@ -445,6 +446,17 @@ def test_a_guest_s_table_is_a_guest_as_the_options_make_it() -> None:
     assert daemon == options()
 
 
+def test_workers_are_in_a_sandbox_unless_it_is_switched_off() -> None:
+    assert options().guests[0].sandbox
+    assert not options(no_sandbox=True).guests[0].sandbox
+    assert [guest.sandbox for guest in toml(f"sandbox = false\n{ONE}").guests] == [False]
+
+
+def test_a_daemon_has_one_user_or_whoever_starts_it() -> None:
+    assert (options().user, options(user="a:b").user) == (None, "a:b")
+    assert (toml(ONE).user, toml(f'user = "a"\n{ONE}').user) == (None, "a")
+
+
 def test_cpus_are_single_ones_and_ranges() -> None:
     (guest,) = options(cpus="8,2-5,3").guests
     assert guest.cpus == (2, 3, 4, 5, 8)
@@ -564,6 +576,9 @@ backend = "pty"
         ("[[guest]]\nsocket =", "f.toml is not TOML: Invalid value"),
         ('color = "red"', "f.toml: unknown key 'color': there are [[guest]], cpus, tls-cert"),
         ("cpus = 2\n" + ONE, "f.toml: cpus is 2, not a text"),
+        ("user = 2\n" + ONE, "f.toml: user is 2, not a text"),
+        ('user = ""\n' + ONE, "f.toml: user is empty: name one, or leave it out"),
+        ("sandbox = 2\n" + ONE, "f.toml: sandbox is 2, not true or false"),
         ('cpus = "x"\n' + ONE, "f.toml: cpus is 'x', not a list of CPUs"),
         (ONE.replace('"/a"', '"/a"\ncpus = "x"'), "guest 1: cpus is 'x', not a list of CPUs"),
         ("[[guest]]", "f.toml: guest 1: one [[guest.port]] at least is needed"),
