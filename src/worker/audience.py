@@ -5,17 +5,32 @@ client typed before it left still reaches the guest. The input half ends at end 
 is then served until it takes nothing for a moment, so that a pipe into `nc -N` gets its answer.
 
 Where clients are terminals, the size of the one that typed last is the port's.
+
+A client outlives the worker that serves it. Its *record*, in memory that the successor has too,
+says how many bytes it was given and where in the output those were, so that only the last write and
+the last read can be unknown: TCP tells those, and a read says beforehand where its bytes will be. A
+record is twelve words (u64, native byte order), of which the data path stores one at a time:
+
+- who: 0 for nobody, 1 for who came to the endpoint, else the master's key and 2
+- which halves have ended: 1 the input, 2 the output; and the offset at which it joined
+- bytes written to it, bytes read from it
+- which of two states counts: each says that the client is at that offset of the output once it has
+  so many bytes, and how large the gap before it is, whose notice are the bytes before that, if any.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NoReturn
 
-from .backends.base import Client, Endpoint
-from .console.port import Port, Watcher
+import msgspec
+
+from .backends.base import Client, Endpoint, gap
+from .console.port import Port, UnderWay, Watcher
 from .poller import HUP, IN, OUT, Poller, Timer
 
 #: How long a client that will not type any more is kept without taking anything.
@@ -36,33 +51,139 @@ _BURST = 1 << 22
 #: The clients of a port at once.
 _MOST_CLIENTS = 256
 
+#: A record's words, and their number.
+_KEY, _ENDED, _JOINED, _WRITTEN, _READ, _WHICH, _STATES = range(7)
+_STATE_WORDS = 3
+_RECORD_WORDS = _STATES + 2 * _STATE_WORDS
+
+#: What has ended.
+_INPUT, _OUTPUT = 1, 2
+
+#: The record of nobody, of who came to the endpoint, and of the first key.
+_NOBODY, _CAME, _FIRST_KEY = range(3)
+
+#: The words of a port's records, and which of them are its `under_way`. The last 32 are for others.
+_WORDS = 4096
+_UNDER_WAY = slice(_WORDS - 48, _WORDS - 46)
+
 #: The input half has ended, which is told without waiting for input.
 _END = HUP | select.EPOLLRDHUP
+
+
+class Seat(msgspec.Struct, array_like=True):
+    """What a successor has to know of a client besides its record, which is number `slot`.
+
+    `key` is the master's for its descriptor, None if it came to the endpoint.
+    """
+
+    key: int | None
+    slot: int
+    name: str
+
+
+class Saved(msgspec.Struct, array_like=True):
+    """What a successor has to know of an audience; `seats` in the order in which they came.
+
+    `fixed` is a size in columns and rows that no client decides, (0, 0) if they do.
+    """
+
+    fixed: tuple[int, int]
+    seats: list[Seat]
 
 
 def _lag(seat: _Seat) -> int:
     return seat.watcher.pending if seat.watcher else 0
 
 
+def _nobody(_fd: int, _name: str) -> NoReturn:
+    raise TypeError("who is at this port comes to its endpoint")
+
+
+def _who(key: int | None) -> int:
+    return _CAME if key is None else key + _FIRST_KEY
+
+
 class _Seat:
     """One client: `watcher` is its output half while there is one, `typing` its input half.
 
-    `grace` runs when it will not type any more.
+    `grace` runs when it will not type any more. Nothing is read or written before it is `settled`.
     """
 
-    def __init__(self, client: Client, watcher: Watcher, grace: Timer) -> None:
+    def __init__(self, client: Client, grace: Timer, told: Seat, record: memoryview) -> None:
         self.client = client
-        self.watcher: Watcher | None = watcher
+        self.watcher: Watcher | None = None
         self.grace = grace
+        self.told = told
+        self.record = record
+        self.settled = False
         self.granted = (0, 0)  # what it had taken when that was started
         self.typing = True
         self.paused = False  # the port's input has no room
-        self.polled = True  # for input; not after its end was told while paused
-        self.blocked = False  # its output has no room
-        self.notice = b""  # of a gap, due before the bytes after it
+        self.polled = False  # for input; not after its end was told while paused
+        self.blocked = True  # its output has no room, or may not go yet
+        self.written: int = record[_WRITTEN]
+        self.read: int = record[_READ]
+        self.lost = 0  # the size of its last gap
+        self.start = 0  # the bytes written once that gap's notice is
+        self.notice = b""  # what of that is due before the bytes after it
         self.behind = False  # it has missed some since it had last caught up
-        self.noticed = 0  # bytes of the last one that were written, and bytes after it
-        self.since = 0
+
+    def begin(self, watcher: Watcher) -> None:
+        """Begin a record: it joins there."""
+        record = self.record
+        self.written, self.read = self.client.totals() or (0, 0)
+        record[_ENDED] = 0
+        record[_JOINED] = watcher.joined
+        record[_WRITTEN], record[_READ] = self.written, self.read
+        record[_WHICH] = 0
+        self._watch(watcher)
+        self.mark()
+        record[_KEY] = _who(self.told.key)  # only now: it says that the rest is there
+
+    def resume(self, port: Port) -> None:
+        """Go on with its record where the client is by now."""
+        record = self.record
+        totals = self.client.totals()
+        if totals is not None:
+            self.written = record[_WRITTEN] = max(totals[0], self.written)
+        at = _STATES + record[_WHICH] * _STATE_WORDS
+        offset, self.start, self.lost = record[at : at + _STATE_WORDS]
+        if self.lost and self.written < self.start:
+            self.notice = gap(self.lost)[self.written - self.start :]
+        self.typing = not record[_ENDED] & _INPUT
+        if not record[_ENDED] & _OUTPUT:
+            since = max(0, self.written - self.start)
+            self._watch(port.go_on(offset + since, record[_JOINED]))
+
+    def _watch(self, watcher: Watcher) -> None:
+        self.watcher = watcher
+        watcher.jumped = self.mark
+
+    def mark(self) -> None:
+        """Have the record say where the watcher is, since it got there by other than its bytes."""
+        if self.watcher is None:
+            return
+        if not self.notice:
+            self.start, self.lost = self.written, 0
+        record = self.record
+        which = 1 - record[_WHICH]
+        at = _STATES + which * _STATE_WORDS
+        record[at] = self.watcher.offset
+        record[at + 1] = self.start
+        record[at + 2] = self.lost
+        record[_WHICH] = which  # one aligned store, which all of it counts from
+
+    def miss(self, lost: int) -> None:
+        """Have a notice written first: `lost` bytes lie between the last ones and the watcher."""
+        self.lost, self.notice = lost, gap(lost)
+        self.start = self.written + len(self.notice)
+        self.mark()
+
+    def without_notice(self, undelivered: int) -> int:
+        """Return how many of the last `undelivered` bytes are the guest's."""
+        since = max(0, self.written - self.start)
+        noticed = len(gap(self.lost)) - len(self.notice) if self.lost else 0
+        return undelivered - min(noticed, max(0, undelivered - since))
 
     @property
     def taken(self) -> tuple[int, int]:
@@ -71,20 +192,31 @@ class _Seat:
 
 
 class Audience:
-    """The clients of `port`, who arrive at `endpoint`.
+    """The clients of `port`, who come to its `endpoint`, if there is one, or `arrive`.
 
-    `changed` hears of every come and go, `resized` of every other size of the port.
+    `connect` makes those from a descriptor, and for a successor a name. `changed` hears of every
+    come and go, `resized` of every other size of the port. `records` are 32768 bytes, zeros at
+    first, which a successor has too; without them nobody else ever goes on here.
+
+    A successor goes on with what was `saved` last and the descriptors in it, by key, which are its
+    own from here on; a client that was let go since is gone. Seats that came or went make an
+    audience `unsettled`: it is to be saved, and then to `settle`.
     """
 
     def __init__(
         self,
         port: Port,
-        endpoint: Endpoint,
+        endpoint: Endpoint | None,
         poller: Poller,
         stall_ms: int,
         log: logging.LoggerAdapter[logging.Logger],
         changed: Callable[[], None],
         resized: Callable[[], None],
+        *,
+        connect: Callable[[int, str], Client] = _nobody,
+        records: memoryview | None = None,
+        saved: Saved | None = None,
+        fds: Mapping[int, int] | None = None,
     ) -> None:
         self._port = port
         self._endpoint = endpoint
@@ -93,7 +225,13 @@ class Audience:
         self._log = log
         self._changed = changed
         self._resized = resized
-        self._fixed = (0, 0)  # a size that no client decides
+        self._connect = connect
+        self._alone = records is None
+        self._records = memoryview(bytearray(8 * _WORDS)) if records is None else records
+        self._words = self._records.cast("Q")
+        self._under_way = port.under_way = self._words[_UNDER_WAY]
+        self.unsettled = False
+        self._fixed = saved.fixed if saved else (0, 0)  # a size that no client decides
         self._typist: _Seat | None = None
         self._frozen = False
         self._others_due = _BURST  # bytes for those behind the first while the guest writes
@@ -101,8 +239,11 @@ class Audience:
         self._stall = poller.timer(self._stalled)
         self._stall_mark = 0  # where the holder was when that was started
         self._no_room = poller.timer(self._listen)
+        self._restored: list[_Seat] = []  # who is not served yet
+        if saved is not None:
+            self._restore(saved.seats, fds or {})
         self._listen()
-        self._arrive(0)
+        self._let_in()
 
     @property
     def served(self) -> bool:
@@ -114,25 +255,124 @@ class Audience:
     def _warn(self, client: Client, what: str) -> None:
         self._log.warning("port %d: %s %s", self._port.id, client.name, what)
 
+    # For a successor
+
+    def save(self) -> Saved:
+        """Return what a successor has to be told."""
+        return Saved(self._fixed, [seat.told for seat in self._seats])
+
+    def keys(self) -> list[int]:
+        """Return the keys of those who are here."""
+        return [seat.told.key for seat in self._seats if seat.told.key is not None]
+
+    def settle(self) -> None:
+        """Serve those who came, since a successor is told of them."""
+        self.unsettled = False
+        for seat in self._seats:
+            if not seat.settled and seat not in self._restored:
+                self._serve_from_now_on(seat)
+
+    def adopt(self) -> None:
+        """Go on where a killed worker was, once the rings do and the port's streams are right.
+
+        What it had read and not handed on yet is the guest's first. Whoever was here then is served
+        from now on.
+        """
+        self._finish_read()
+        self._port.resumed()
+        restored, self._restored = self._restored, []
+        for seat in restored:
+            totals = seat.client.totals()
+            if totals is not None:
+                seat.read = seat.record[_READ] = totals[1]
+            self._serve_from_now_on(seat)
+            if seat.watcher is None and not seat.typing:
+                self._leave(seat)
+        if self.unsettled:
+            self._changed()
+
+    def _finish_read(self) -> None:
+        read = UnderWay.of(self._under_way)
+        if read is None:
+            return
+        seat = next((seat for seat in self._restored if seat.told.slot == read.who), None)
+        totals = seat.client.totals() if seat else None
+        count = read.known if seat is None or totals is None else totals[1] - seat.read
+        lost = self._port.finish(read, count)
+        name = seat.client.name if seat else "a client"
+        if lost:
+            self._log.warning(
+                "port %d: %d bytes that %s typed are lost: the guest's buffers are gone",
+                self._port.id,
+                lost,
+                name,
+            )
+        elif totals is None and not count:
+            self._log.warning(
+                "port %d: what %s typed last may be lost with its worker", self._port.id, name
+            )
+        if seat is not None:
+            seat.read = seat.record[_READ] = seat.read + count
+        self._under_way[0] = 0
+
+    def _restore(self, seats: list[Seat], fds: Mapping[int, int]) -> None:
+        for told in seats:
+            client = self._client_again(told, fds)
+            if client is None:
+                self.unsettled = True
+            elif self._record(told.slot)[_KEY] == _who(told.key):
+                seat = self._new_seat(client, told)
+                seat.resume(self._port)
+                self._seats.append(seat)
+                self._restored.append(seat)
+            elif told.key is None:  # somebody else by now
+                self._admit(client, None)
+            else:
+                self.unsettled = True
+                client.close()
+        self._port.attended = bool(self._seats)
+        self.decide_size()
+
+    def _client_again(self, told: Seat, fds: Mapping[int, int]) -> Client | None:
+        try:
+            if told.key is not None:
+                return self._connect(fds[told.key], told.name)
+            return self._endpoint.accept() if self._endpoint else None
+        except OSError as error:
+            self._log.warning("port %d: %s cannot stay: %s", self._port.id, told.name, error)
+            return None
+
+    def _record(self, slot: int) -> memoryview:
+        return self._words[slot * _RECORD_WORDS :][:_RECORD_WORDS]
+
+    # Arrivals
+
+    def arrive(self, fd: int, key: int) -> None:
+        """Take in a client whose descriptor, its own from now on, the master keeps under `key`."""
+        self._see_off()
+        try:
+            client = self._connect(fd, "")
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._log.warning("port %d: a client was turned away: %s", self._port.id, error)
+            return  # else it was gone before it could be set up
+        self._admit(client, key)
+
     def _listen(self) -> None:
-        fd = self._endpoint.fileno()
+        fd = self._endpoint.fileno() if self._endpoint else None
         if fd is not None:
             self._poller.watch(fd, self._arrive)
 
     def _arrive(self, _: int) -> None:
-        # Whoever leaves at the same moment leaves first: the next one is then not its watcher.
-        for seat in [*self._seats]:
-            if seat.typing and seat.polled and not seat.paused:
-                self._readable(seat)
-            if seat.watcher is not None and self._poller.hung(seat.client.writes):
-                self._deafen(seat)
+        self._see_off()
+        self._let_in()
+
+    def _let_in(self) -> None:
+        if self._endpoint is None:
+            return
         try:
             while (client := self._endpoint.accept()) is not None:
-                if len(self._seats) < _MOST_CLIENTS or self._make_room():
-                    self._seat(client)
-                else:
-                    self._warn(client, f"was turned away: {_MOST_CLIENTS} others are here")
-                    client.close()
+                self._admit(client, None)
         except OSError as error:
             self._log.warning("cannot take another client, next try in a second: %s", error)
             fd = self._endpoint.fileno()
@@ -140,9 +380,24 @@ class Audience:
                 self._poller.forget(fd)
                 self._no_room.start(_NO_ROOM_S)
 
+    def _see_off(self) -> None:
+        """Let those go who leave at the moment at which another comes, who is not their watcher."""
+        for seat in [*self._seats]:
+            if seat.typing and seat.polled and not seat.paused:
+                self._readable(seat)
+            if seat.watcher is not None and self._poller.hung(seat.client.writes):
+                self._deafen(seat)
+
+    def _admit(self, client: Client, key: int | None) -> None:
+        if len(self._seats) < _MOST_CLIENTS or self._make_room():
+            self._seat(client, key)
+        else:
+            self._warn(client, f"was turned away: {_MOST_CLIENTS} others are here")
+            client.close()
+
     def _make_room(self) -> bool:
         """Let one go whose input waits and has ended, first of all one that took no output."""
-        ended = [seat for seat in self._seats if not seat.polled]
+        ended = [seat for seat in self._seats if seat.settled and not seat.polled]
         if not ended:
             return False
         seat = min(ended, key=lambda seat: seat.watcher is not None)
@@ -151,18 +406,39 @@ class Audience:
         self._let_go(seat)
         return True
 
-    def _seat(self, client: Client) -> None:
-        grace = self._poller.timer(lambda: self._out_of_grace(seat))
-        seat = _Seat(client, self._port.attach(), grace)
+    def _seat(self, client: Client, key: int | None) -> None:
+        taken = {seat.told.slot for seat in self._seats}
+        slot = next(slot for slot in range(_MOST_CLIENTS) if slot not in taken)
+        seat = self._new_seat(client, Seat(key, slot, client.name))
+        seat.begin(self._port.attach())
         self._seats.append(seat)
-        self._listen_to(seat)
-        self._poller.watch(
-            client.writes, lambda events: self._writable(seat, events), 0, file_too=True
-        )
         self._log.info("port %d: %s attached", self._port.id, client.name)
         self._port.attended = True
         self.decide_size()
+        self._unsettle()
+        if self._alone:
+            self.settle()
+
+    def _new_seat(self, client: Client, told: Seat) -> _Seat:
+        grace = self._poller.timer(lambda: self._out_of_grace(seat))
+        seat = _Seat(client, grace, told, self._record(told.slot))
+        return seat
+
+    def _unsettle(self) -> None:
+        self.unsettled = not self._alone
         self._changed()
+
+    def _serve_from_now_on(self, seat: _Seat) -> None:
+        seat.settled = True
+        seat.blocked = False
+        if seat.typing:
+            self._listen_to(seat)
+        elif not seat.client.stays:
+            self._grant(seat)
+        if seat.watcher is not None:
+            self._poller.watch(
+                seat.client.writes, lambda events: self._writable(seat, events), 0, file_too=True
+            )
 
     # The input half
 
@@ -186,10 +462,15 @@ class Audience:
                 self._poller.want(seat.client.reads, select.EPOLLRDHUP)
             return
         try:
-            count = port.receive(seat.client.read)
+            count = port.receive(seat.client.read, seat.told.slot)
         except ConnectionError:
+            self._under_way[0] = 0
             self._let_go(seat)
             return
+        if count:
+            seat.read += count
+            seat.record[_READ] = seat.read
+        self._under_way[0] = 0
         if count:
             if seat is not self._typist or seat.client.size() != port.size:
                 self._typist = seat
@@ -212,6 +493,7 @@ class Audience:
         if not seat.typing:
             return
         seat.typing = False
+        seat.record[_ENDED] |= _INPUT
         if seat.polled:
             self._poller.forget(seat.client.reads)
         if seat.watcher is None:
@@ -234,6 +516,7 @@ class Audience:
     def fix_size(self, columns: int, rows: int) -> None:
         """Give the port this size, whatever its clients' is; 0 x 0 lets them decide again."""
         self._fixed = (columns, rows)
+        self.unsettled = not self._alone
         self.decide_size()
 
     def decide_size(self) -> None:
@@ -324,30 +607,37 @@ class Audience:
         return took
 
     def _give(self, seat: _Seat, watcher: Watcher, most: int) -> int:
+        if seat.notice and not self._notify(seat):
+            return self._block(seat, 0)
         lost = watcher.skip_lost()
         if lost:
-            seat.notice += b"\r\n[vhost-device-console: %d bytes missed]\r\n" % lost
             if not seat.behind:  # else the log has it; one line for every gap would fill it
                 self._warn(seat.client, f"did not read in time and missed {lost} bytes")
             seat.behind = True
-            seat.noticed = seat.since = 0
-        if seat.notice:
-            count = seat.client.write(seat.notice)
-            seat.noticed += count
-            seat.notice = seat.notice[count:]
-            if seat.notice:
+            seat.miss(lost)
+            if not self._notify(seat):
                 return self._block(seat, 0)
         took = 0
         while took < most and (span := watcher.span()[: most - took]):
             count = seat.client.write(span)
             self._port.took(watcher, count)
-            seat.since += count
+            seat.written += count
+            seat.record[_WRITTEN] = seat.written
             took += count
             if count < len(span):
                 return self._block(seat, took)
         if not watcher.pending:
             seat.behind = False
         return took
+
+    @staticmethod
+    def _notify(seat: _Seat) -> bool:
+        """Write what is due of a notice; return whether that was all."""
+        count = seat.client.write(seat.notice)
+        seat.written += count
+        seat.record[_WRITTEN] = seat.written
+        seat.notice = seat.notice[count:]
+        return not seat.notice
 
     def _block(self, seat: _Seat, took: int) -> int:
         seat.blocked = True
@@ -360,8 +650,9 @@ class Audience:
         self._poller.forget(seat.client.writes)
         undelivered = seat.client.end_output()
         # A notice of ours among them is none of the guest's bytes.
-        undelivered -= min(seat.noticed, max(0, undelivered - seat.since))
-        self._port.detach(seat.watcher, undelivered)
+        self._port.detach(seat.watcher, seat.without_notice(undelivered))
+        seat.record[_ENDED] |= _OUTPUT
+        seat.watcher.jumped = None
         seat.watcher = None
         if not seat.typing:
             self._leave(seat)
@@ -379,13 +670,14 @@ class Audience:
     def _leave(self, seat: _Seat) -> None:
         self._seats.remove(seat)
         seat.grace.stop()
+        seat.record[_KEY] = _NOBODY
         seat.client.close()
         if seat is self._typist:
             self._typist = None
         self._port.attended = bool(self._seats)
         self.decide_size()
         self._log.info("port %d: %s left", self._port.id, seat.client.name)
-        self._changed()
+        self._unsettle()
 
     # The guest waits
 
@@ -418,10 +710,7 @@ class Audience:
 
         They stay for what there is, as long as they take it.
         """
-        self._no_room.stop()
-        fd = self._endpoint.fileno()
-        if fd is not None:
-            self._poller.forget(fd)
+        self._stop_listening()
         for seat in [*self._seats]:
             self._ended(seat)
         if self.served or not self._seats:
@@ -434,8 +723,17 @@ class Audience:
         for seat in [*self._seats]:
             self._let_go(seat)
         self._stall.stop()
+        self._stop_listening()
+        if self._endpoint is not None:
+            self._endpoint.close()
+
+    def abandon(self) -> None:
+        """Leave everything as it is, for those who go on with it, but the modes of a terminal."""
+        if self._endpoint is not None:
+            self._endpoint.abandon()
+
+    def _stop_listening(self) -> None:
         self._no_room.stop()
-        fd = self._endpoint.fileno()
+        fd = self._endpoint.fileno() if self._endpoint else None
         if fd is not None:
             self._poller.forget(fd)
-        self._endpoint.close()

@@ -44,11 +44,19 @@ class Client(Protocol):
     def unread(self) -> int:
         """Return how many bytes were typed that nobody can read once the client is closed."""
 
+    def totals(self) -> tuple[int, int] | None:
+        """Return how many bytes were ever written to the client, and read from it.
+
+        That is what the system counts, and true whoever was killed before telling. None where it
+        does not count; then what was written last may come twice after that, and what was read last
+        may be lost.
+        """
+
     def size(self) -> tuple[int, int]:
         """Return the client's columns and rows, (0, 0) where they are not known."""
 
     def close(self) -> None:
-        """Let the client go."""
+        """Let the client go, whoever else has its descriptors."""
 
 
 class Endpoint(Protocol):
@@ -65,6 +73,9 @@ class Endpoint(Protocol):
 
     def close(self) -> None:
         """Accept no more; the clients are their owner's."""
+
+    def abandon(self) -> None:
+        """Give back what would stay changed when this process ends; the clients go on elsewhere."""
 
 
 def gap(lost: int) -> bytes:

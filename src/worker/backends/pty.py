@@ -34,6 +34,8 @@ def _watch_opens(path: str) -> int:
     fd: int = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
     if fd < 0 or libc.inotify_add_watch(fd, os.fsencode(path), _IN_OPEN) < 0:
         number = ctypes.get_errno()
+        if fd >= 0:
+            os.close(fd)
         raise OSError(number, os.strerror(number), path)
     return fd
 
@@ -88,6 +90,10 @@ class PtyClient:
     def unread(self) -> int:
         """Return 0: what was typed stays in the pty."""
         return 0
+
+    def totals(self) -> None:
+        """Return None: a terminal does not count."""
+        return
 
     def size(self) -> tuple[int, int]:
         """See `Client.size`; it is what the users of the slave set it to."""
@@ -145,6 +151,9 @@ class PtyEndpoint:
         """Close this side; the pair lives on in the master process."""
         os.close(self._opens)
         os.close(self._fd)
+
+    def abandon(self) -> None:
+        """Do nothing: the master keeps the pair as it is."""
 
 
 def endpoint(fd: int) -> PtyEndpoint:

@@ -1,7 +1,12 @@
-"""Clients over stream sockets, as the tcp and unix backends have them."""
+"""Clients over stream sockets, as the tcp and unix backends have them.
+
+The master accepts them, and keeps a copy of the descriptor as long as the client stays: whoever is
+let go is told by a shutdown, not by the last descriptor's close.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -9,10 +14,17 @@ import socket
 import struct
 import termios
 from collections.abc import Callable
+from typing import TypeVar
 
 from .base import not_now
 
 _COUNT = struct.Struct("=i")
+
+#: Where bytes go that nobody wants any more.
+_SCRAP = bytearray(1 << 16)
+
+
+Made = TypeVar("Made", bound="StreamClient")
 
 
 class StreamClient:
@@ -62,16 +74,44 @@ class StreamClient:
         """See `Client.unread`."""
         return self._count(termios.FIONREAD)
 
+    def totals(self) -> tuple[int, int] | None:
+        """Return None: a unix socket counts memory (SIOCOUTQ), and forgets what was taken."""
+        return None
+
     def size(self) -> tuple[int, int]:
         """Return (0, 0): bytes are all there is."""
         return 0, 0
 
     def close(self) -> None:
-        """Close the connection. Idempotent."""
-        if self.writes >= 0:
-            os.close(self.writes)
-            self.reads = self.writes = -1
+        """End the connection: what was written is still delivered. Idempotent.
+
+        Input that nobody read would make the last close of a TCP socket a reset, which output on
+        its way does not survive.
+        """
+        if self.writes < 0:
+            return
+        with contextlib.suppress(OSError):  # it is broken
+            self._sock.shutdown(socket.SHUT_RDWR)
+            while os.readv(self.reads, [_SCRAP]):
+                pass
+        os.close(self.writes)
+        self.reads = self.writes = -1
         self._sock.close()
+
+
+def adopt(fd: int, client: Callable[[socket.socket], Made]) -> Made:
+    """Return the client of a connected socket, and own it.
+
+    Raises OSError, with the connection ended, when it cannot be set up or is over already.
+    """
+    sock = socket.socket(fileno=fd)
+    try:
+        return client(sock)
+    except OSError:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        sock.close()
+        raise
 
 
 class StreamEndpoint:
@@ -103,3 +143,6 @@ class StreamEndpoint:
     def close(self) -> None:
         """Close the listener."""
         self._sock.close()
+
+    def abandon(self) -> None:
+        """Do nothing: nothing of ours stays changed."""

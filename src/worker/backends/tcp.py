@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
+import struct
 
-from .stream import StreamClient, StreamEndpoint
+from .stream import StreamClient, StreamEndpoint, adopt
 
 # A client that vanished without a word is noticed after about a minute and a half of silence. With
 # output on its way it is the system's own patience (tcp_retries2, a quarter of an hour): a shorter
@@ -14,14 +16,27 @@ _KEEPALIVE_IDLE_S = 60
 _KEEPALIVE_INTERVAL_S = 10
 _KEEPALIVE_PROBES = 3
 
+# TCP_INFO (linux/tcp.h): the connection's state; the bytes acknowledged by the other side, and
+# received from it. The end of its input counts as one more received.
+_INFO_BYTES = 136
+_STATE_AT = 0
+_COUNTS = struct.Struct("=QQ")
+_COUNTS_AT = 120
+_CLOSED = 7
+_ENDED = (6, 8, 9, 11)  # TIME_WAIT, CLOSE_WAIT, LAST_ACK, CLOSING
+
 
 class TcpClient(StreamClient):
-    """One TCP connection."""
+    """One TCP connection; `name` is for one that may be over by now."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        host, port = sock.getpeername()[:2]
-        super().__init__(sock, f"{host}:{port}")
+    def __init__(self, sock: socket.socket, name: str = "") -> None:
+        if not name:
+            host, port = sock.getpeername()[:2]
+            name = f"{host}:{port}"
+        super().__init__(sock, name)
         tcp = socket.IPPROTO_TCP
+        # Urgent bytes are bytes: out of line they would be lost, and be counted as read.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         sock.setsockopt(tcp, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         sock.setsockopt(tcp, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
@@ -36,6 +51,36 @@ class TcpClient(StreamClient):
         look = select.poll()
         look.register(self._sock, 0)
         return self.on_its_way() if look.poll(0) else 0
+
+    def totals(self) -> tuple[int, int]:
+        """See `Client.totals`; of an accepted connection, which nobody else is using just now.
+
+        Written is what was acknowledged and what was not yet, read is what was received and does
+        not wait. Either pair is asked for in two calls, between which bytes may come.
+        """
+        while True:
+            before = self._counts()
+            unacknowledged, waiting = self.on_its_way(), self.unread()
+            state, counts = self._counts()
+            if (state, counts) == before:
+                acknowledged, received = counts
+                return acknowledged + unacknowledged, received - waiting - self._ended(state)
+
+    def _counts(self) -> tuple[int, tuple[int, int]]:
+        info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
+        acknowledged, received = _COUNTS.unpack_from(info, _COUNTS_AT)
+        return info[_STATE_AT], (acknowledged, received)
+
+    def _ended(self, state: int) -> bool:
+        """Say whether the end of the input was received, before a reset or without one."""
+        if state != _CLOSED:
+            return state in _ENDED
+        return self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.EPIPE
+
+
+def client(fd: int, name: str = "") -> TcpClient:
+    """Return the client of a connected TCP socket, and own it; see `stream.adopt`."""
+    return adopt(fd, lambda sock: TcpClient(sock, name))
 
 
 def endpoint(fd: int) -> StreamEndpoint:

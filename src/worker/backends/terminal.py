@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import struct
 import termios
 import tty
 from collections.abc import Callable
@@ -18,6 +19,12 @@ from typing import Any
 from .base import not_now
 
 _ESCAPE = 0x1D  # Ctrl-]
+
+# What is kept of the modes that the person had: a byte that says what is there, and of which
+# descriptors the blocking mode was switched off; the flags, speeds and characters of termios.
+_KEPT, _COOKED, _BLOCKING = 1, 2, 4
+_MODES = struct.Struct("=6I32B")
+_MODES_AT = 8
 
 #: What a terminal gives in one read at most (Linux' n_tty).
 _MOST_KEYS = 4096
@@ -35,24 +42,49 @@ def _open_anew(fd: int, flags: int) -> tuple[int, bool]:
     return os.dup(fd), True
 
 
+def _keep(kept: memoryview, stdin: int, fds: list[int]) -> None:
+    """Keep the modes as they are now."""
+    said = _KEPT
+    for at, fd in enumerate(fds):
+        said |= os.get_blocking(fd) * _BLOCKING << at
+    if os.isatty(stdin):
+        said |= _COOKED
+        *modes, characters = termios.tcgetattr(stdin)
+        numbers = [each if isinstance(each, int) else each[0] for each in characters]
+        _MODES.pack_into(kept, _MODES_AT, *modes, *numbers)
+    kept[0] = said  # only now: it says that the rest is there
+
+
 class Terminal:
     """Standard input and output as a client that is there from the start; also its own endpoint.
 
-    `leave` is called when the user asks to, or when nobody can read the output any more.
+    `leave` is called when the user asks to, or when nobody can read the output any more. `kept` is
+    memory of a killed worker's successors and its own, zeros at first, of at least 128 bytes: the
+    modes that were there before the first of them.
     """
 
     name = "terminal"
     stays = True
     resizes = False  # SIGWINCH tells
 
-    def __init__(self, leave: Callable[[], None], stdin: int = 0, stdout: int = 1) -> None:
+    def __init__(
+        self,
+        leave: Callable[[], None],
+        stdin: int = 0,
+        stdout: int = 1,
+        kept: memoryview | None = None,
+    ) -> None:
         self._leave = leave
         self._stdin, self._stdout = stdin, stdout
         self.reads, shared_in = _open_anew(stdin, os.O_RDONLY)
         self.writes, shared_out = _open_anew(stdout, os.O_WRONLY)
+        kept = memoryview(bytearray(128)) if kept is None else kept
+        if not kept[0]:
+            _keep(kept, stdin, [self.reads, self.writes])
+        said = kept[0]
         self._blocking = [
-            (fd, os.get_blocking(fd))
-            for fd, shared in ((self.reads, shared_in), (self.writes, shared_out))
+            (fd, bool(said & _BLOCKING << at))
+            for at, (fd, shared) in enumerate(((self.reads, shared_in), (self.writes, shared_out)))
             if shared
         ]
         for fd, _ in self._blocking:
@@ -60,8 +92,9 @@ class Terminal:
         self._arrived = False
         self._escaped = False
         self._cooked: list[Any] | None = None
-        if os.isatty(stdin):
-            self._cooked = termios.tcgetattr(stdin)
+        if said & _COOKED:
+            modes = _MODES.unpack_from(kept, _MODES_AT)
+            self._cooked = [*modes[:6], [*modes[6:]]]
             tty.setraw(stdin, termios.TCSANOW)  # what was typed ahead is kept
 
     def fileno(self) -> None:
@@ -145,9 +178,21 @@ class Terminal:
         """Return 0: what was typed is for whoever reads the terminal next."""
         return 0
 
+    def totals(self) -> None:
+        """Return None: neither terminals nor pipes count."""
+        return
+
     def close(self) -> None:
         """Give the terminal back as it was, and leave: nobody else ever comes. Idempotent."""
         self._leave()
+        self.abandon()
+        for fd in (self.reads, self.writes):
+            if fd >= 0:
+                os.close(fd)
+        self.reads = self.writes = -1
+
+    def abandon(self) -> None:
+        """See `Endpoint.abandon`: the modes are the person's again. Idempotent."""
         if self._cooked is not None:
             with contextlib.suppress(termios.error):  # the terminal itself is gone
                 termios.tcsetattr(self._stdin, termios.TCSADRAIN, self._cooked)
@@ -156,7 +201,3 @@ class Terminal:
             with contextlib.suppress(OSError):
                 os.set_blocking(fd, blocking)
         self._blocking = []
-        for fd in (self.reads, self.writes):
-            if fd >= 0:
-                os.close(fd)
-        self.reads = self.writes = -1

@@ -31,6 +31,13 @@ _MOST_SPANS = 1024
 #: No read came to be.
 _UNREAD = -1
 
+#: A read that is under way is one word: where its bytes go in two bits (0: none is under way), who
+#: typed them in eight, and the low bits of the offset at which they begin. The next word has how
+#: many they are, once the read has returned.
+TO_RING, TO_GUEST = 1, 2
+_WHO_AT, _OFFSET_AT = 2, 10
+_WHO, _OFFSET = (1 << 8) - 1, (1 << 54) - 1
+
 #: More than any offset.
 _NO_LIMIT = (1 << 63) - 1
 
@@ -75,14 +82,58 @@ class Inlet(NamedTuple):
     serve: Callable[[Callable[[], int]], None]
 
 
+class UnderWay(NamedTuple):
+    """A read that was not finished: whose, where its bytes go (`TO_RING`, `TO_GUEST`), from where.
+
+    `known` bytes have come for certain.
+    """
+
+    who: int
+    way: int
+    offset: int
+    known: int
+
+    @classmethod
+    def of(cls, words: memoryview) -> UnderWay | None:
+        """Return what a port's `under_way` says, None for nothing."""
+        word, known = words
+        way = word & (1 << _WHO_AT) - 1
+        return cls(word >> _WHO_AT & _WHO, way, word >> _OFFSET_AT, known) if way else None
+
+
+class Log(Protocol):
+    """A file that gets all output; see `backends.log`."""
+
+    @property
+    def limit(self) -> int:
+        """The offset that output may not pass before `flush`, lest bytes give way."""
+
+    @property
+    def missed(self) -> int:
+        """How many bytes gave way before they were written."""
+
+    def begin_at(self, offset: int) -> None:
+        """Go on there with an output that is still empty, and about to begin there."""
+
+    def flush(self) -> bool:
+        """Write what is there; return whether some of it was written."""
+
+
 class Watcher(Reader):
     """A reader of a port's output, since it `joined` at that offset.
 
-    `stuck` while it has shown that it does not read.
+    `stuck` while it has shown that it does not read. `jumped` hears when it is put elsewhere.
     """
 
     stuck = False
     joined = 0
+    jumped: Callable[[], None] | None = None
+
+    def jump(self, offset: int) -> None:
+        """Go on at `offset`, whatever lies between."""
+        self.offset = offset
+        if self.jumped is not None:
+            self.jumped()
 
 
 class Port:
@@ -93,7 +144,11 @@ class Port:
     where it is not known, and `size_by` names who decided it.
     Counters are in bytes: `discarded` what the guest wrote to a disabled queue, `missed` what
     readers that are gone were skipped over; `stalls` counts readers found stuck. `inlet` is there
-    while the guest can be given input.
+    while the guest can be given input, and `log` where there is one: output waits for it too.
+
+    A successor of a killed worker goes on with the same `spare` memory, of the output ring's size,
+    and the same two words `under_way`; it has to be told `opened`, `size` and `left`: how many
+    bytes the guest wrote last of all and nobody took, in a ring that was stopped.
     """
 
     def __init__(
@@ -105,6 +160,7 @@ class Port:
         *,
         console: bool,
         blocking: bool = False,
+        spare: memoryview | None = None,
     ) -> None:
         self.id = port_id
         self.name = name
@@ -124,8 +180,10 @@ class Port:
         self._missed = 0
         self._share = 1  # buffers that the next read may fill
         self._received: int | None = None  # what the last one returned
-        self._last_words = bytearray()  # held in a ring that was stopped
-        self._left = 0  # how many bytes those were
+        self.log: Log | None = None
+        self.under_way = memoryview(bytearray(16)).cast("Q")
+        self.left = 0
+        self._spare = spare  # the last of those, by their number: a ring
 
     @property
     def missed(self) -> int:
@@ -134,8 +192,11 @@ class Port:
         So is the one that a reader will meet when it reads on.
         """
         tail = self.output.tail
-        return self._missed + sum(
-            watcher.missed + max(0, tail - watcher.offset) for watcher in self.watchers
+        logged = 0 if self.log is None else self.log.missed
+        return (
+            self._missed
+            + logged
+            + sum(watcher.missed + max(0, tail - watcher.offset) for watcher in self.watchers)
         )
 
     @property
@@ -158,6 +219,25 @@ class Port:
         watcher.joined = start
         self.watchers.append(watcher)
         return watcher
+
+    def go_on(self, offset: int, joined: int) -> Watcher:
+        """Return the reader, the next in line, that a killed worker had at `offset`."""
+        watcher = Watcher(self.output, offset)
+        watcher.joined = joined
+        self.watchers.append(watcher)
+        return watcher
+
+    def resumed(self) -> None:
+        """Go on with those readers, now that it is known which of the output counts.
+
+        What they missed, or are to find missing by now, was counted before.
+        """
+        output = self.output
+        for watcher in self.watchers:
+            if watcher.offset > output.head:
+                watcher.jump(output.head)
+            output.seen = max(output.seen, watcher.offset)
+            self._missed -= max(0, output.tail - watcher.offset)
 
     def took(self, watcher: Watcher, count: int) -> None:
         """Move a reader on by `count` bytes that its client has taken."""
@@ -202,12 +282,13 @@ class Port:
 
     def _limit(self) -> int:
         """Return the offset that output may not pass for now; there is none where the oldest go."""
+        limit = _NO_LIMIT if self.log is None else self.log.limit
         holder = self.holder
         if holder is not None:
-            return holder.offset + self.output.size
+            return min(limit, holder.offset + self.output.size)
         if self.blocking and not self.console:
-            return self.output.seen + self.output.size
-        return _NO_LIMIT
+            return min(limit, self.output.seen + self.output.size)
+        return limit
 
     def adopt_output(self, seen: int, head: int, data: bytes) -> None:
         """Go on with the output of a guest that moved here: nobody has seen it from `seen` on.
@@ -217,10 +298,12 @@ class Port:
         """
         start = head - len(data)
         if not self.output.head:
+            if self.log is not None:
+                self.log.begin_at(start)
             self.output.begin_at(start)
             self.output.seen = seen
             for watcher in self.watchers:
-                watcher.offset = seen
+                watcher.jump(seen)
         else:
             self._missed += start - seen
         self.output.append(data)
@@ -245,6 +328,8 @@ class Port:
             if self.blocking:
                 self.discarded += chain.size
                 continue
+            if self.log is not None:
+                self.log.flush()
             for span in chain.spans:
                 self.output.append(span)
             self.output.commit()
@@ -257,28 +342,46 @@ class Port:
         Raises GuestError as `queue` does.
         """
         while self.holding and (chain := queue.pop()) is not None:
-            self._left += chain.size
-            if not self.blocking:
-                self._last_words += b"".join(chain.spans)
-                del self._last_words[: -self.output.size]
+            if self.blocking:
+                self.left += chain.size
+                continue
+            for span in chain.spans:
+                self._keep(span)
         self.holding = False
+
+    def _keep(self, data: memoryview) -> None:
+        if self._spare is None:
+            self._spare = memoryview(bytearray(self.output.size))
+        at = self.left % len(self._spare)
+        first, rest = data[: len(self._spare) - at], data[len(self._spare) - at :]
+        self._spare[at : at + len(first)] = first
+        self._spare[: len(rest)] = rest
+        self.left += len(data)
 
     def come_back(self) -> None:
         """Drop what was remembered: the guest goes on, here or elsewhere."""
-        self._last_words.clear()
-        self._left = 0
+        self.left = 0
 
     def stay_away(self) -> None:
         """Take what was remembered as `take_rest` does: the guest is gone for good."""
-        self.output.append(bytes(self._last_words))
-        self.output.commit()
-        self.discarded += self._left - len(self._last_words)
+        if self._spare is None or self.blocking:
+            self.discarded += self.left
+        elif self.left:
+            if self.log is not None:
+                self.log.flush()
+            size = len(self._spare)
+            kept = min(self.left, size)
+            start = (self.left - kept) % size
+            self.output.append(self._spare[start : start + kept])
+            self.output.append(self._spare[: max(0, start + kept - size)])
+            self.output.commit()
+            self.discarded += self.left - kept
         self.come_back()
 
     def forget(self) -> None:
         """Give up all that waits in both directions: it has gone where the guest went."""
         for watcher in self.watchers:
-            watcher.offset = self.output.head
+            watcher.jump(self.output.head)
         self.output.seen = self.output.head
         self.input.consume(len(self.input))
 
@@ -293,24 +396,29 @@ class Port:
         self.holding = queue.held > 0
         return taken
 
-    def receive(self, read: Read) -> int | None:
+    def receive(self, read: Read, who: int = 0) -> int | None:
         """Have a client's bytes read, and return what `read` does; the input ring must have room.
 
         They go straight into the guest's buffers, which the guest then sees, while nothing is
-        before them in the input ring and there are such buffers; else into the ring.
+        before them in the input ring and there are such buffers; else into the ring. `under_way`
+        tells where, and that client number `who` typed them, until the caller has counted them and
+        clears it.
         """
         waiting, inlet = self.input, self.inlet
         if inlet is not None and waiting.head == waiting.tail and (self.opened or inlet.open()):
             self._received = _UNREAD
-            inlet.serve(partial(self._receive, inlet.ring, read))
+            inlet.serve(partial(self._receive, inlet.ring, read, who))
             if self._received != _UNREAD:
                 return self._received
+        self.under_way[1] = 0
+        self.under_way[0] = (waiting.head & _OFFSET) << _OFFSET_AT | who << _WHO_AT | TO_RING
         count = read([waiting.room()])
         if count:
+            self.under_way[1] = count
             waiting.fed(count)
         return count
 
-    def _receive(self, queue: Queue, read: Read) -> int:
+    def _receive(self, queue: Queue, read: Read, who: int) -> int:
         """Have bytes read into the guest's buffers; return how many are completed."""
         chains: list[Chain] = []
         spans: list[memoryview] = []
@@ -329,11 +437,14 @@ class Port:
             return 0
         count: int | None = None
         used = 0
+        at = self.input.tail & _OFFSET
+        self.under_way[1] = 0
+        self.under_way[0] = at << _OFFSET_AT | who << _WHO_AT | TO_GUEST
         try:
             # Buffers of no size would look like the end of the input.
             count = read(spans[:_MOST_SPANS]) if spans else None
         finally:
-            left = count or 0
+            left = self.under_way[1] = count or 0
             while used < len(chains) and (left > 0 or not spans):
                 left -= chains[used].size
                 used += 1
@@ -342,14 +453,46 @@ class Port:
         self._received = count
         filled = used == len(chains) and left == 0
         self._share = min(4 * used, _MOST_AT_ONCE) if filled else max(used, 1)
+        self.input.bypass(count or 0)
         for chain in chains[:used]:
             last = chain is chains[used - 1]
             queue.push(chain.head, chain.size + left if last else chain.size)
-        if count:
-            # In this order: a worker killed in between leaves no bytes that never were in the ring.
-            self.input.consume(count)
-            self.input.fed(count)
         return used
+
+    def finish(self, read: UnderWay, count: int) -> int:
+        """Give the guest what a killed worker's last read brought, unless it has it already.
+
+        The input must be back where it counts, and the inlet there if there is to be one. `count`
+        are the bytes of that read; return how many of them are lost, in buffers that the guest has
+        taken back.
+        """
+        input_ = self.input
+        reached = input_.head if read.way == TO_RING else input_.tail
+        count = max(0, count - (reached - read.offset & _OFFSET))
+        if read.way == TO_RING:
+            input_.fed(min(count, len(input_.room())))
+            return 0
+        self._received = 0
+        if self.inlet is not None and count:
+            self.inlet.serve(partial(self._finish, self.inlet.ring, count))
+        return count - self._received
+
+    def _finish(self, queue: Queue, count: int) -> int:
+        """Complete the next buffers: the first `count` bytes are in them."""
+        used: list[tuple[int, int]] = []
+        left = count
+        try:
+            while left and (chain := queue.pop()) is not None:
+                used.append((chain.head, min(left, chain.size)))
+                left -= used[-1][1]
+        except GuestError:
+            if not used:
+                raise
+        self._received = count - left
+        self.input.bypass(count - left)
+        for head, written in used:
+            queue.push(head, written)
+        return len(used)
 
     def give_input(self, queue: Queue, most: int) -> int:
         """Move waiting input into up to `most` buffers of the guest's; return how many.
