@@ -147,8 +147,8 @@ class _Words(click.Choice):  # type: ignore[type-arg,unused-ignore]  # generic s
     metavar="KEY=VALUE,...",
     help="Another port, such as name=agent,backend=unix,path=P or"
     " name=log,console,backend=network,tcp-port=N; P and N are counted up for each guest. Other"
-    " keys: link, overflow, id, host, output-bytes, input-bytes, stall-ms, max-clients and those of"
-    " access, see the manual page. Repeatable.",
+    " keys: link, overflow, id, host, output-bytes, input-bytes, stall-ms, max-clients, log and"
+    " those of access, see the manual page. Repeatable.",
 )
 @click.option(
     "--max-ports",
@@ -251,6 +251,24 @@ class _Words(click.Choice):  # type: ignore[type-arg,unused-ignore]  # generic s
     "--no-sandbox",
     is_flag=True,
     help="Let workers open files and sockets, which they never need: for debuggers.",
+)
+@click.option(
+    "--log-file",
+    type=click.Path(),
+    metavar="PATH",
+    help="Write all output of port 0 to files PATH0, PATH1, ... too.",
+)
+@click.option(
+    "--log-max-bytes",
+    type=int,
+    metavar="N",
+    help="Begin another file once one has N bytes; the old ones are PATH0.1, PATH0.2, ...",
+)
+@click.option(
+    "--log-keep",
+    type=int,
+    metavar="N",
+    help=f"How many old ones stay.  [default: {config.LOG_KEEP}]",
 )
 @click.option(
     "--log-level",

@@ -56,6 +56,10 @@ MOST_CLIENTS = 4096
 #: The mode of every socket's file unless `socket-mode` says otherwise: its owner's alone.
 SOCKET_MODE = 0o600
 
+#: Old files of a log that are kept unless `log-keep` says otherwise, the most that can be, and the
+#: least bytes after which another one is begun.
+LOG_KEEP, MOST_LOGS_KEPT, SMALLEST_LOG = 5, 99, 4096
+
 #: No Linux has more (NR_CPUS on x86-64).
 _MOST_CPUS = 8192
 
@@ -141,6 +145,17 @@ class Pty(msgspec.Struct, frozen=True, tag=True):
 Backend = Nested | Network | Unix | Pty
 
 
+class Log(msgspec.Struct, frozen=True):
+    """A file for all that a port puts out.
+
+    At about `max_bytes` (0: never) another one is begun, and `keep` old ones stay.
+    """
+
+    path: str
+    max_bytes: int = 0
+    keep: int = LOG_KEEP
+
+
 class Port(msgspec.Struct, frozen=True, kw_only=True):
     """One port of a guest's virtio console; sizes in bytes, powers of two.
 
@@ -157,6 +172,7 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
     stall_ms: int = STALL_MS
     max_clients: int = MAX_CLIENTS
     access: Access = Access()
+    log: Log | None = None
 
 
 class Guest(msgspec.Struct, frozen=True, kw_only=True):
@@ -219,6 +235,9 @@ class PortTable(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     socket_owner: str | None = None
     socket_group: str | None = None
     allow_uids: str | None = None
+    log: str = ""
+    log_max_bytes: int | None = None
+    log_keep: int | None = None
 
 
 class _GuestTable(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
@@ -450,6 +469,25 @@ def _backend(table: PortTable, where: str, tls: Tls | None) -> Backend:
             return Pty(table.link or None)
 
 
+def _log(table: PortTable, where: str) -> Log | None:
+    """Return the log that `table` describes, if any."""
+    if not table.log:
+        if (table.log_max_bytes, table.log_keep) != (None, None):
+            raise ConfigError(f"{where}: log-max-bytes and log-keep go with log")
+        return None
+    if "\0" in table.log or _base_name(table.log) in ("", ".", ".."):
+        raise ConfigError(f"{where}: log names no file: {table.log!r}")
+    size = table.log_max_bytes or 0
+    if 0 != size < SMALLEST_LOG:
+        raise ConfigError(
+            f"{where}: log-max-bytes must be 0 or at least {SMALLEST_LOG}, not {size}"
+        )
+    keep = LOG_KEEP if table.log_keep is None else table.log_keep
+    if not 0 <= keep <= MOST_LOGS_KEPT:
+        raise ConfigError(f"{where}: log-keep must be from 0 to {MOST_LOGS_KEPT}, not {keep}")
+    return Log(table.log, size, keep)
+
+
 def _port(table: PortTable, port_id: int, where: str, access: Access, tls: Tls | None) -> Port:
     """Return the port of `table`, checked as far as it stands alone.
 
@@ -475,6 +513,7 @@ def _port(table: PortTable, port_id: int, where: str, access: Access, tls: Tls |
         input_bytes=table.input_bytes,
         stall_ms=table.stall_ms,
         max_clients=clients,
+        log=_log(table, where),
         access=_access(
             table.socket_mode,
             table.socket_owner,
@@ -614,6 +653,11 @@ def _addresses(guest: Guest) -> Iterator[tuple[str, str]]:
                 yield port.backend.path, owner
             case Pty(link=str(link)):
                 yield link, owner
+        if port.log is not None:
+            yield port.log.path, f"the log of {owner}"
+            if port.log.max_bytes:
+                for suffix in ("new", *range(1, port.log.keep + 1)):
+                    yield f"{port.log.path}.{suffix}", f"another log of {owner}"
 
 
 def _daemon(guests: Sequence[Guest], user: str | None) -> Daemon:
@@ -661,11 +705,14 @@ def from_options(
     tls_client_ca: str | None = None,
     user: str | None = None,
     no_sandbox: bool = False,
+    log_file: str | None = None,
+    log_max_bytes: int | None = None,
+    log_keep: int | None = None,
 ) -> Daemon:
     """Return the daemon that the command line's options describe; `ports` are those of `--port`.
 
     Sockets are `socket_path` + index and TCP ports `tcp_port` + index, also for a single guest,
-    as the Rust vhost-device-console names them.
+    as the Rust vhost-device-console names them, and logs of port 0 are `log_file` + index.
 
     Raises ConfigError, with a line that says what to change.
     """
@@ -696,6 +743,14 @@ def from_options(
     given_0 = any(table.id == 0 for _, table in tables)
     if given_0 and backend is not None:
         raise ConfigError("--backend describes port 0, and so does --port with id=0: give one")
+    if log_file == "":
+        raise ConfigError("--log-file is empty")
+    if given_0 and log_file is not None:
+        raise ConfigError(
+            "--log-file is port 0's, which --port with id=0 describes: say log= there"
+        )
+    if log_file is None and (log_max_bytes, log_keep) != (None, None):
+        raise ConfigError("--log-max-bytes and --log-keep go with --log-file")
     kind = backend or BackendKind.NESTED
 
     def everyones(table: PortTable) -> PortTable:
@@ -719,6 +774,9 @@ def from_options(
                 host=tcp_host or "",
                 path=f"{path}.data" if kind is BackendKind.UNIX else "",
                 link=f"{pty_link}{index}" if pty_link else "",
+                log=f"{log_file}{index}" if log_file else "",
+                log_max_bytes=log_max_bytes,
+                log_keep=log_keep,
             )
             own.insert(0, (f"--backend {kind}", port_0))
         guests.append(
@@ -754,6 +812,7 @@ def _numbered(table: PortTable, index: int) -> PortTable:
         tcp_port=None if table.tcp_port is None else table.tcp_port + index,
         path=table.path and f"{table.path}{index}",
         link=table.link and f"{table.link}{index}",
+        log=table.log and f"{table.log}{index}",
     )
 
 
