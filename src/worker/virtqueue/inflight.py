@@ -30,7 +30,7 @@ _WRAP = 1 << 15
 _INDEX = 0xFFFF
 _LOW32 = 0xFFFF_FFFF
 _PLACES = struct.Struct("=HHBBxx")
-_LAST_COUNT = (1 << 64) - 1
+_MOST_CHAINS = 1 << 63  # nobody ever fetched so many
 
 
 def _region_size(size: int, features: int) -> int:
@@ -126,9 +126,10 @@ class _State:
 
     def _in_order(self, counts: dict[int, int]) -> list[int]:
         """Return the keys by their counter values, and count on from there."""
-        if len(set(counts.values())) < len(counts) or _LAST_COUNT in counts.values():
+        last = max(counts.values(), default=-1)
+        if len(set(counts.values())) < len(counts) or last >= _MOST_CHAINS:
             raise _DamageError("counters that are no order")
-        self._count = max(counts.values(), default=-1) + 1
+        self._count = last + 1
         return sorted(counts, key=counts.__getitem__)
 
 

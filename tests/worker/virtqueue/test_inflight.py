@@ -551,6 +551,7 @@ SPLIT = HEADER | {
     "more in flight than offered": lambda area: [byte(16 + 16 * at, 1)(area) for at in range(4)],
     "one counter twice": lambda area: [u64(24 + 16 * at, 7)(area) for at in range(SIZE)],
     "a last counter": u64(24, (1 << 64) - 1),
+    "a counter that would soon run out": u64(24, (1 << 64) - 2),
 }
 PACKED = HEADER | {
     "a mark of 2": byte(32 + 32 * 2, 2),
@@ -569,6 +570,7 @@ PACKED = HEADER | {
     "a chain that ends elsewhere": u16(32 + 4, 3),
     "one counter twice": lambda area: [u64(40 + 32 * at, 7)(area) for at in range(SIZE)],
     "a last counter": u64(40, (1 << 64) - 1),
+    "a counter that would soon run out": u64(40, (1 << 64) - 2),
 }
 
 
