@@ -87,6 +87,7 @@ class Control:
         self._rows_first = rows_first
         self._ports = ports
         self._states: dict[int, State] = {}
+        self._unset = False  # the driver could not set the device up, and was told of no port
         self._told_open: dict[int, bool] = {}
         self._talking = False
         self._waiting: dict[tuple[int, Event], bytes] = {}
@@ -105,14 +106,14 @@ class Control:
 
     def state(self, port_id: int) -> State:
         """Return how far the guest is with that port."""
-        return self._states.get(port_id, State.ABSENT)
+        return self._states.get(port_id, State.FAILED if self._unset else State.ABSENT)
 
     def reset(self) -> None:
         """Forget the dialogue: another driver starts, which has said nothing yet."""
         self._waiting.clear()
         self._states.clear()
         self._told_open.clear()
-        self._talking = False
+        self._talking = self._unset = False
         for port in self._ports.values():
             port.opened = False
 
@@ -137,7 +138,7 @@ class Control:
         One that was `told` of its ports has added them, and has a console open; it would say so no
         more. One that was told nothing has asked. Does nothing once the guest has spoken here.
         """
-        if self._talking or self._states:
+        if self._talking or self._states or self._unset:
             return
         if not told:
             self._device_ready(True)
@@ -214,8 +215,7 @@ class Control:
     def _device_ready(self, ready: bool) -> None:
         self.reset()
         if not ready:
-            # The driver could not set the device up; it may try again.
-            self._states = dict.fromkeys(self._ports, State.FAILED)
+            self._unset = True  # it may try again
             return
         self._talking = True
         for port in self._ports.values():

@@ -275,6 +275,15 @@ def test_a_port_the_guest_never_heard_of_is_not_removed(control: Control, port: 
     assert take(control) == []
 
 
+def test_a_guest_that_could_not_set_the_device_up_knows_no_port_to_remove(
+    control: Control, port: Port
+) -> None:
+    bring(control, State.READY)
+    say(control, Event.DEVICE_READY, 0)
+    control.remove(port)
+    assert take(control) == []
+
+
 def test_a_port_removed_before_the_guest_took_the_news_leaves_no_word(
     control: Control, port: Port
 ) -> None:
