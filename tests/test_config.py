@@ -11,6 +11,7 @@ from vhost_device_console.config import (
     BackendKind,
     Daemon,
     Guest,
+    Log,
     Nested,
     Network,
     Overflow,
@@ -733,3 +734,70 @@ def test_access_that_makes_no_sense_is_one_line(changed: dict[str, Any], line: s
 def test_a_port_s_limit_of_clients_is_the_daemon_s_unless_it_has_its_own() -> None:
     (guest,) = options(max_clients=3, ports=["name=a,backend=pty,max-clients=5"]).guests
     assert [port.max_clients for port in guest.ports] == [3, 5]
+
+
+# Logs
+
+
+def test_each_guest_s_console_has_a_log_with_its_number() -> None:
+    guests = options(log_file="/l/c.", socket_count=2).guests
+    assert [guest.ports[0].log for guest in guests] == [Log("/l/c.0"), Log("/l/c.1")]
+
+
+def test_a_port_has_no_log_unless_there_is_one_for_it() -> None:
+    assert [port.log for port in ports("name=a,backend=pty")] == [None, None]
+
+
+def test_everything_about_a_log_can_be_said() -> None:
+    (port,) = options(log_file="/l", log_max_bytes=4096, log_keep=0).guests[0].ports
+    assert port.log == Log("/l0", 4096, 0)
+    port = ports("name=a,backend=pty,log=/l,log-max-bytes=5000,log-keep=99")[1]
+    assert port.log == Log("/l0", 5000, 99)
+    text = ONE + 'log = "/l"\nlog-max-bytes = 5000\nlog-keep = 2'
+    assert from_toml(text.encode(), "f.toml").guests[0].ports[0].log == Log("/l", 5000, 2)
+
+
+@pytest.mark.parametrize(
+    ("changed", "line"),
+    [
+        ({"log_file": ""}, "--log-file is empty"),
+        ({"log_file": "a\0"}, "log names no file: 'a\\x000'"),
+        ({"log_max_bytes": 4096}, "--log-max-bytes and --log-keep go with --log-file"),
+        ({"log_keep": 0}, "--log-max-bytes and --log-keep go with --log-file"),
+        ({"log_file": "/l", "log_max_bytes": 4095}, "must be 0 or at least 4096, not 4095"),
+        ({"log_file": "/l", "log_max_bytes": -1}, "must be 0 or at least 4096, not -1"),
+        ({"log_file": "/l", "log_keep": 100}, "log-keep must be from 0 to 99, not 100"),
+        ({"log_file": "/l", "log_keep": -1}, "log-keep must be from 0 to 99, not -1"),
+        (
+            {"ports": ["name=a,backend=pty,id=0"], "backend": None, "log_file": "/l"},
+            "--log-file is port 0's, which --port with id=0 describes: say log= there",
+        ),
+        (
+            {"ports": ["name=a,backend=pty,log-keep=1"]},
+            "--port 'name=a,backend=pty,log-keep=1': log-max-bytes and log-keep go with log",
+        ),
+        (
+            {"log_file": "/l", "ports": ["name=a,backend=pty,log=/l"]},
+            "/l0 is given twice: to the log of port 0 of c.sock0 and to the log of port 1",
+        ),
+        (
+            {"log_file": "/l", "log_max_bytes": 4096, "ports": ["name=a,backend=pty,log=/l0."]},
+            None,
+        ),
+        (
+            {"log_file": "/l", "log_max_bytes": 4096, "ports": ["name=a,backend=unix,path=/l0.1"]},
+            None,
+        ),
+        (
+            {"socket_path": "/l0.", "log_file": "/l", "log_max_bytes": 4096, "socket_count": 2},
+            "/l0.1 is given twice: to another log of port 0 of l0.0 and to the vhost-user",
+        ),
+    ],
+)
+def test_a_log_that_cannot_be_is_one_line(changed: dict[str, Any], line: str | None) -> None:
+    if line is None:  # names alike, but not the same
+        options(**changed)
+        return
+    with pytest.raises(ConfigError) as caught:
+        options(**changed)
+    one_line(caught.value, line)
