@@ -2,13 +2,12 @@
 
 A worker holds one guest's memory and reads what guests, frontends and clients send, so it is left
 with nothing but its descriptors: `confine_worker`. The master keeps what sockets take to be made
-and removed: `confine_master`. Both are for ever, and each may be called again.
+and removed: `confine_master`. Both are for ever.
 """
 
 from __future__ import annotations
 
 import ctypes
-import grp
 import logging
 import os
 import pwd
@@ -19,6 +18,7 @@ from functools import cache
 from typing import NamedTuple
 
 from . import landlock, seccomp
+from .admission import group_id, user_id
 from .errors import ConfigError
 from .health import Privileges
 
@@ -108,24 +108,20 @@ class User(NamedTuple):
 
 
 def look_up(user: str) -> User:
-    """Return whom `--user NAME[:GROUP]` means, by names or numbers. Raises ConfigError."""
+    """Return whom NAME[:GROUP] means, by names or numbers, on this machine.
+
+    Without a group it is in its own ones, with one in that alone. Raises ConfigError.
+    """
     name, _, group = user.partition(":")
     try:
-        found = pwd.getpwuid(int(name)) if name.isdecimal() else pwd.getpwnam(name)
-    except (KeyError, OverflowError):
-        raise ConfigError(f"--user {user}: there is no user {name}") from None
-    if not group:
-        return User(
-            found.pw_name,
-            found.pw_uid,
-            found.pw_gid,
-            os.getgrouplist(found.pw_name, found.pw_gid),
-        )
-    try:
-        gid = (grp.getgrgid(int(group)) if group.isdecimal() else grp.getgrnam(group)).gr_gid
-    except (KeyError, OverflowError):
-        raise ConfigError(f"--user {user}: there is no group {group}") from None
-    return User(found.pw_name, found.pw_uid, gid, [gid])
+        found = pwd.getpwuid(user_id(name))
+    except KeyError:
+        raise ConfigError(f"there is no user {name!r} on this machine") from None
+    if group:
+        gid = group_id(group)
+        return User(found.pw_name, found.pw_uid, gid, [gid])
+    groups = os.getgrouplist(found.pw_name, found.pw_gid)
+    return User(found.pw_name, found.pw_uid, found.pw_gid, groups)
 
 
 def _become(user: User) -> None:
@@ -143,15 +139,15 @@ def _become(user: User) -> None:
         ) from None
 
 
-def confine_master(user: User | None) -> None:
-    """Become `user`, if any, and give up what a master has no use for.
+def confine_master(user: str | None) -> None:
+    """Become `user`, if any (see `look_up`), and give up what a master has no use for.
 
-    To be called when every socket is made. Raises ConfigError when this process may not become
-    `user`.
+    To be called when every socket is made. Raises ConfigError when there is no such user, or this
+    process may not become it.
     """
     os.umask(_UMASK)
     if user is not None:
-        _become(user)
+        _become(look_up(user))
     elif os.geteuid() == 0:
         _log.warning("it runs as root, where another user would do: name one with --user")
     _keep_capabilities(_MASTERS if os.geteuid() == 0 else 0)

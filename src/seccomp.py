@@ -36,13 +36,14 @@ _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034  # linux/fcntl.h
 _ALLOWED = """
     read readv pread64 preadv preadv2 write writev pwrite64 pwritev pwritev2 lseek
     recvfrom recvmsg sendto sendmsg shutdown getsockopt setsockopt getsockname getpeername
-    close close_range dup dup2 dup3 pipe2 eventfd2 memfd_create ftruncate fallocate fstat fsync
-    fdatasync epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 poll ppoll select pselect6
-    munmap mremap madvise msync mincore brk membarrier
-    futex sched_yield sched_getaffinity getcpu
+    close close_range dup dup2 dup3 pipe2 eventfd2 memfd_create ftruncate fallocate fstat
+    epoll_create1 epoll_ctl epoll_wait epoll_pwait poll ppoll select pselect6
+    inotify_init1 inotify_add_watch inotify_rm_watch
+    munmap mremap madvise brk
+    futex sched_yield sched_getaffinity
     clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time
-    rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending sigaltstack restart_syscall
-    getpid gettid getppid getuid geteuid getgid getegid getrandom getrusage times uname
+    rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack restart_syscall
+    getpid gettid getppid getuid geteuid getgid getegid getrandom
     exit exit_group
 """
 
