@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import select
 import shutil
@@ -181,6 +182,16 @@ class Machine:
 
     # What is done to it
 
+    def outside(self, pid: int) -> int:
+        """Return this machine's number of the process that is `pid` in that one."""
+        for group in self.cgroup.rglob("cgroup.procs"):
+            for number in group.read_text().split():
+                with suppress(FileNotFoundError, ProcessLookupError):
+                    status = Path(f"/proc/{number}/status").read_text()
+                    if re.search(rf"^NSpid:.*\t{pid}$", status, re.MULTILINE):
+                        return int(number)
+        raise ProcessLookupError(f"there is no process {pid} in the machine")
+
     def run(
         self, *command: str, check: bool = True, **environment: str
     ) -> subprocess.CompletedProcess[str]:
@@ -223,11 +234,11 @@ class Machine:
         except TimeoutError:
             raise TimeoutError(f"{unit}: {last}, not {wanted}: {self.journal(unit)}") from None
 
-    def journal(self, unit: str) -> list[str]:
-        """Return the lines of the unit's log, systemd's about it too."""
+    def journal(self, unit: str, since: float = 0.0) -> str:
+        """Return what the unit, and systemd about it, logged `since` a time (time.time)."""
         self.run("journalctl", "--sync")
-        said = self.run("journalctl", "--quiet", "--output=cat", f"--unit={unit}").stdout
-        return said.splitlines()
+        which = (f"--unit={unit}", f"--since=@{since:.6f}")
+        return self.run("journalctl", "--quiet", "--output=cat", *which).stdout
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -49,13 +50,14 @@ class Service:
     def __enter__(self) -> Self:
         for path, text in self._files.items():
             self.machine.write(path, text)
+        self._begun = time.time()
         self.machine.systemctl("daemon-reload")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.machine.systemctl("stop", self.name, self.socket_unit)
         self.machine.systemctl("reset-failed", self.name, self.socket_unit, check=False)
-        print("\n".join(self.machine.journal(self.name)))
+        print(self.log())
         for path in self._files:
             Path(self.machine.path(path)).unlink()
         self.machine.systemctl("daemon-reload")
@@ -82,7 +84,7 @@ class Service:
 
     def log(self) -> str:
         """Return what it said, and systemd about it."""
-        return "\n".join(self.machine.journal(self.name))
+        return self.machine.journal(self.name, self._begun)
 
     # What it says itself
 
