@@ -17,6 +17,17 @@ _LENGTH = struct.Struct("<I")
 _LARGEST = 1 << 16
 
 
+class LogHealth(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+    """A port's log: which `generation` of its files is written, and how many bytes that has.
+
+    `failing` says that it cannot be written now.
+    """
+
+    generation: int
+    size: int
+    failing: bool
+
+
 class PortHealth(msgspec.Struct, array_like=True, kw_only=True):
     """One port's counters, in bytes unless they say otherwise.
 
@@ -28,7 +39,7 @@ class PortHealth(msgspec.Struct, array_like=True, kw_only=True):
     decided it: a client's name, "resize" for the command, "" for nobody. `state` is how far the
     guest has come with the port: absent, added, ready or failed. `open` says that a program in the
     guest has it open, `host_open` that the guest was told somebody is there on this side. `held`
-    says that a buffer of the guest's waits for room in the journal.
+    says that a buffer of the guest's waits for room in the journal. `log` is None without a log.
     """
 
     id: int
@@ -46,6 +57,7 @@ class PortHealth(msgspec.Struct, array_like=True, kw_only=True):
     host_open: bool = False
     held: bool = False
     size_by: str = ""
+    log: LogHealth | None = None
 
 
 class Privileges(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
@@ -131,6 +143,6 @@ class Decoder:
             del self._buffer[:end]
             try:
                 record = _decoder.decode(body)
-            except msgspec.MsgspecError as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 raise ValueError(f"not a health record: {error}") from error
             yield record

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 from vhost_device_console.config import LONGEST_NAME, MOST_PORTS
-from vhost_device_console.health import Decoder, Health, PortHealth, encode
+from vhost_device_console.health import Decoder, Health, LogHealth, PortHealth, encode
 
 RECORD = Health(
     frontend=1234,
@@ -33,6 +33,7 @@ RECORD = Health(
             host_open=True,
             held=True,
             size_by="127.0.0.1:5",
+            log=LogHealth(generation=2, size=1 << 40, failing=True),
         )
     ],
 )
@@ -45,10 +46,12 @@ def test_a_record_is_a_length_and_a_messagepack_array() -> None:
 def test_a_port_is_an_array_within_it() -> None:
     port = PortHealth(id=1, name="a", open=True, readers=2, columns=80, rows=24)
     port.state, port.held, port.size_by = "added", True, "x"
+    port.log = LogHealth(generation=3, size=4, failing=False)
     assert encode(Health(frontend=5, ports=[port])) == (
-        b"\x22\x00\x00\x00"
+        b"\x28\x00\x00\x00"
         b"\x9a\x05\x00\x00\x00\x00\x00\x00\x00"
-        b"\x91\x9f\x01\xa1a\xc3\x02\x00\x00\x00\x00\x00\x50\x18\xa5added\xc2\xc3\xa1x\xc0"
+        b"\x91\xdc\x00\x10\x01\xa1a\xc3\x02\x00\x00\x00\x00\x00\x50\x18\xa5added\xc2\xc3\xa1x"
+        b"\x93\x03\x04\xc2\xc0"
     )
 
 
@@ -94,8 +97,12 @@ def test_a_length_beyond_any_record_is_refused_before_its_bytes_come() -> None:
         b"\x99\xa1x\x00\x00\x00\x00\x00\x00\x00\x90",
         b"\x90\x00",
         b"\xff" * 40,
+        encode(RECORD).replace(RECORD.ports[0].name.encode(), b"\x80" * len(RECORD.ports[0].name))[
+            4:
+        ],
+        b"\xdc\xff\xff" + b"\xc0" + bytes(7) + b"\x90\xc0" + b"\x91" * 5000,
     ],
-    ids=["empty", "reserved", "map", "text for a number", "trailing", "noise"],
+    ids=["empty", "reserved", "map", "number", "trailing", "noise", "no text", "deep"],
 )
 def test_bytes_that_are_no_record_are_refused(body: bytes) -> None:
     with pytest.raises(ValueError, match="not a health record"):
