@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCRIPTS := contrib/environment contrib/demo contrib/guest/fetch
 
-.PHONY: help demo test test-compiled check bench dist clean format
+.PHONY: help demo test test-compiled check fuzz bench dist clean format
 
 help:
 	@echo 'make demo    boot a Linux guest with its console on this terminal (Ctrl-] q leaves)'
@@ -12,6 +12,7 @@ help:
 	@echo 'make test-compiled  the same with the compiled core'
 	@echo 'make check   format, lint, types and import contracts'
 	@echo 'make format  put the code in the format that check wants'
+	@echo 'make fuzz    look for inputs that break it, FUZZ_SECONDS (20) for each target'
 	@echo 'make bench   measure, beside the Rust vhost-device-console where it can be had'
 	@echo 'make dist    build the packages, install the wheel and try it'
 	@echo 'make clean   remove what was built; .venv and fetched guests too'
@@ -43,6 +44,10 @@ format:
 	@$(PYTHON) contrib/environment check
 	$(BIN)/ruff check --fix . $(SCRIPTS)
 	$(BIN)/ruff format . $(SCRIPTS)
+
+fuzz:
+	@$(PYTHON) contrib/environment fuzz
+	@$(BIN)/python tests/fuzz/fuzz.py
 
 bench:
 	@$(PYTHON) contrib/environment --compiled bench

@@ -823,7 +823,7 @@ def from_toml(text: bytes, source: str) -> Daemon:
     """
     try:
         document = msgspec.toml.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{source} is not TOML: {error}") from None
     shared: dict[str, str | None] = {}
     for key in ("cpus", "tls-cert", "tls-key", "tls-client-ca", "user"):

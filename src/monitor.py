@@ -152,6 +152,9 @@ class Failure(msgspec.Struct, tag_field="type", tag="failure"):
 
 Reply = Status | Done | Failure
 
+#: What a decoder raises: nothing that is read may go deeper than Python itself.
+_UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
 _encoder = msgspec.json.Encoder()
 _request: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 _reply: msgspec.json.Decoder[Reply] = msgspec.json.Decoder(Reply)
@@ -264,7 +267,7 @@ def _exchange(path: str, request: Request) -> Reply:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ConsoleError(f"cannot ask the daemon at {path}: {reason}") from error
-    except msgspec.MsgspecError as error:
+    except _UNREADABLE as error:
         raise ConsoleError(f"no answer from {path}: {error}") from error
 
 
@@ -367,7 +370,7 @@ class Server:
         reply: Reply
         try:
             reply = self._answer(_request.decode(request))
-        except (msgspec.MsgspecError, UnicodeDecodeError, ConsoleError) as error:
+        except (*_UNREADABLE, ConsoleError) as error:
             reply = Failure(text(str(error)))
         return _encoder.encode(reply) + b"\n"
 

@@ -623,6 +623,12 @@ def test_a_mistake_in_a_file_is_one_line_with_its_table(text: str, line: str) ->
     one_line(raised.value, line)
 
 
+def test_a_file_of_nothing_but_brackets_is_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"f\.toml is not TOML: ") as raised:
+        toml("a = " + "[" * 5000)
+    assert "\n" not in str(raised.value)
+
+
 def test_a_file_that_is_not_text_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"f\.toml is not TOML: ") as raised:
         from_toml(b"\xff", "f.toml")

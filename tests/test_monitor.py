@@ -190,6 +190,7 @@ def test_a_request_may_come_in_pieces(desk: Desk) -> None:
         b'{"type":"resize","guest":"web","port":"0","columns":"80","rows":24}',
         b"\xff\xfe",
         b"[" * 5000,
+        b'{"type":"status","more":' + b"[" * 5000,
     ],
 )
 def test_nonsense_is_answered_with_a_failure_and_the_client_stays(line: bytes, desk: Desk) -> None:

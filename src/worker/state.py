@@ -131,7 +131,7 @@ def load(console: Console, data: bytes) -> Loaded:
                 f"only version {_VERSION} of {_KIND!r} is known here"
             )
         device = _device.decode(data)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise RefusedError(f"no device state: {error}") from None
     if not 0 <= device.promised <= MOST_PORTS:
         raise RefusedError(f"the device state has room for {device.promised} ports")

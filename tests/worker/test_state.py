@@ -249,6 +249,14 @@ def test_messages_that_cannot_be_are_refused(source: Console, message: list[obje
     unchanged(make(True, False), msgspec.msgpack.encode(found), "message|no device state")
 
 
+@pytest.mark.parametrize("at", [6, 27])
+def test_names_that_are_no_text_are_refused(source: Console, at: int) -> None:
+    """Neither the kind of the state nor a port's name may be other bytes than UTF-8."""
+    data = state.save(source)
+    bad = data[:at] + b"\x80" + data[at + 1 :]
+    unchanged(make(True, False), bad, "no device state")
+
+
 def test_any_byte_changed_is_refused_or_harmless(source: Console) -> None:
     """No change of a byte makes anything but a refusal or a console that works."""
     data = state.save(source)
