@@ -31,7 +31,7 @@ class _Ruleset(ctypes.Structure):
 Call = Callable[..., int]
 
 
-def _system_call(number: int, *arguments: object) -> int:
+def system_call(number: int, *arguments: object) -> int:
     """Return what the system call does; raises OSError."""
     result: int = ctypes.CDLL(None, use_errno=True).syscall(number, *arguments)
     if result < 0:
@@ -44,7 +44,7 @@ def _known(rights: dict[int, int], abi: int) -> int:
     return sum(bits for since, bits in rights.items() if since <= abi)
 
 
-def restrict_self(call: Call = _system_call) -> int:
+def restrict_self(call: Call = system_call) -> int:
     """Give up all that this kernel's Landlock can take, for ever; return its ABI.
 
     The process must have no_new_privs. Raises OSError, with a line for people, where the kernel has
@@ -52,14 +52,15 @@ def restrict_self(call: Call = _system_call) -> int:
     """
     try:
         abi = call(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION)
+        rules = _Ruleset(_known(_FILES, abi), _known(_TCP, abi), _known(_SCOPES, abi))
+        size = ctypes.c_size_t(ctypes.sizeof(rules))
+        ruleset = call(_CREATE_RULESET, ctypes.byref(rules), size, 0)
+        try:
+            call(_RESTRICT_SELF, ruleset, 0)
+        finally:
+            os.close(ruleset)
     except OSError as error:
         why = {errno.ENOSYS: "has none", errno.EOPNOTSUPP: "was started without it"}
         said = why.get(error.errno or 0, f"refuses it: {(error.strerror or '').lower()}")
         raise OSError(error.errno, f"this kernel {said}") from error
-    rules = _Ruleset(_known(_FILES, abi), _known(_TCP, abi), _known(_SCOPES, abi))
-    ruleset = call(_CREATE_RULESET, ctypes.byref(rules), ctypes.c_size_t(ctypes.sizeof(rules)), 0)
-    try:
-        call(_RESTRICT_SELF, ruleset, 0)
-    finally:
-        os.close(ruleset)
     return abi

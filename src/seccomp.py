@@ -141,8 +141,8 @@ def restrict_self() -> None:
     """Be left with the system calls of a worker, for ever.
 
     What is not listed fails with EPERM, and what only an intruder would try kills the process
-    (SIGSYS). The process must have no_new_privs. Raises OSError, with a line for people, where that
-    cannot be had.
+    (SIGSYS). no_new_privs comes with it. Raises OSError, with a line for people, where it cannot be
+    had.
     """
     found = library()
     context = ctypes.c_void_p(found.seccomp_init(_REFUSE | errno.EPERM))

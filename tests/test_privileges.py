@@ -1,0 +1,350 @@
+"""What a worker and the master may still do, and what is said of it."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import pwd
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from vhost_device_console import landlock, privileges, seccomp
+from vhost_device_console.errors import ConfigError
+from vhost_device_console.health import Privileges
+
+from confined import in_child, status
+
+ROOT = os.geteuid() == 0
+
+as_root = pytest.mark.skipif(not ROOT, reason="needs root")
+
+NOBODY = pwd.getpwnam("nobody")
+
+FULL = Privileges(
+    user="a",
+    capabilities=[],
+    no_new_privileges=True,
+    landlock=7,
+    seccomp=True,
+    files=9,
+    missing=[],
+)
+
+
+def _works(restrict: Callable[[], object]) -> bool:
+    def child() -> bool:
+        ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)
+        restrict()
+        return True
+
+    return in_child(child) is True
+
+
+HAVE = (_works(landlock.restrict_self), _works(seccomp.restrict_self))
+
+
+def confined(
+    sandbox: bool = True, *, before: Callable[[], object] | None = None
+) -> tuple[Privileges, dict[str, str]]:
+    """Return what a child says that confined itself, and what its kernel says."""
+
+    def child() -> tuple[Privileges, dict[str, str]]:
+        if before is not None:
+            before()
+        with open("/proc/self/status") as file:
+            privileges.prepare()
+            said = privileges.confine_worker(sandbox)
+            lines = (line.partition(":") for line in file)
+            return said, {key: value.strip() for key, _, value in lines}
+
+    result: tuple[Privileges, dict[str, str]] = in_child(child)
+    return result
+
+
+def _become_nobody() -> None:
+    os.setgroups([])
+    os.setresgid(NOBODY.pw_gid, NOBODY.pw_gid, NOBODY.pw_gid)
+    os.setresuid(NOBODY.pw_uid, NOBODY.pw_uid, NOBODY.pw_uid)
+
+
+# Workers
+
+
+@pytest.mark.parametrize("user", ["same", pytest.param("nobody", marks=as_root)])
+def test_a_worker_has_no_capabilities_and_gets_none(user: str) -> None:
+    said, kernel = confined(before=_become_nobody if user == "nobody" else None)
+    sets = {kernel[f"Cap{name}"] for name in ("Inh", "Prm", "Eff", "Amb")}
+    assert (sets, kernel["NoNewPrivs"]) == ({"0" * 16}, "1")
+    assert (said.capabilities, said.no_new_privileges) == ([], True)
+
+
+@pytest.mark.parametrize("user", ["same", pytest.param("nobody", marks=as_root)])
+def test_a_worker_is_in_the_sandbox_that_it_says(user: str) -> None:
+    said, kernel = confined(before=_become_nobody if user == "nobody" else None)
+    assert (said.landlock > 0, said.seccomp) == HAVE
+    assert kernel["Seccomp"] == ("2" if said.seccomp else "0")
+    assert len(said.missing) == HAVE.count(False)
+
+
+def test_a_worker_says_whose_it_is() -> None:
+    assert confined()[0].user == pwd.getpwuid(os.geteuid()).pw_name
+
+
+@as_root
+def test_a_user_without_a_name_is_a_number() -> None:
+    def child() -> str:
+        os.setresuid(1 << 30, 1 << 30, 1 << 30)
+        return privileges.confine_worker(False).user
+
+    assert in_child(child) == str(1 << 30)
+
+
+def _limits() -> list[tuple[int, int]]:
+    privileges.confine_worker(False)
+    kinds = (resource.RLIMIT_NOFILE, resource.RLIMIT_CORE, resource.RLIMIT_NPROC)
+    return [resource.getrlimit(kind) for kind in kinds]
+
+
+def test_a_worker_has_limits_that_it_cannot_raise() -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = min(hard if hard != resource.RLIM_INFINITY else 1 << 30, privileges.MOST_FILES)
+    assert in_child(_limits) == [(files, files), (0, 0), (0, 0)]
+
+
+def test_a_lower_limit_of_descriptors_is_kept() -> None:
+    def child() -> list[tuple[int, int]]:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+        return _limits()
+
+    assert in_child(child)[0] == (100, 100)
+
+
+def test_shared_memory_is_in_no_core_file() -> None:
+    def child() -> int:
+        with open("/proc/self/coredump_filter", "w") as kinds:
+            kinds.write("0x1ff")
+        privileges.confine_worker(False)
+        with open("/proc/self/coredump_filter") as kinds:
+            return int(kinds.read(), 16)
+
+    assert in_child(child) == 0x1FF & ~(1 << 1 | 1 << 3 | 1 << 6 | 1 << 8)
+
+
+def test_without_the_sandbox_files_can_be_opened() -> None:
+    def child() -> tuple[Privileges, dict[str, str]]:
+        return privileges.confine_worker(False), status()
+
+    said, kernel = in_child(child)
+    assert (said.landlock, said.seccomp, kernel["Seccomp"]) == (0, False, "0")
+    assert said.missing == ["no sandbox: it was switched off"]
+    assert (said.no_new_privileges, said.capabilities) == (True, [])
+
+
+def test_a_worker_without_landlock_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> int:
+        raise OSError(errno.ENOSYS, "this kernel has none")
+
+    monkeypatch.setattr(landlock, "restrict_self", none)
+    said, kernel = confined()
+    assert said.landlock == 0
+    assert "no Landlock: this kernel has none" in said.missing
+    assert kernel["Seccomp"] == ("2" if HAVE[1] else "0")
+
+
+def test_a_worker_without_libseccomp_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> int:
+        raise OSError(errno.ENOENT, "it is not installed")
+
+    monkeypatch.setattr(seccomp, "restrict_self", none)
+    said, kernel = confined()
+    assert (said.seccomp, kernel["Seccomp"]) == (False, "0")
+    assert "no seccomp: it is not installed" in said.missing
+    assert said.landlock > 0 or not HAVE[0]
+
+
+def test_a_confined_worker_can_say_where_it_went_wrong() -> None:
+    def child() -> str:
+        privileges.prepare()
+        privileges.confine_worker(True)
+        said: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: said.append(handler.format(record))  # type: ignore[method-assign]
+        log = logging.Logger("test")
+        log.addHandler(handler)
+        try:
+            raise ConfigError("it went wrong")
+        except ConfigError:
+            log.exception("here")
+        return said[0]
+
+    said = in_child(child)
+    assert said.startswith("here\nTraceback")
+    assert said.endswith("ConfigError: it went wrong")
+
+
+# The master
+
+
+def mastered(
+    user: str | None = None, *, before: Callable[[], object] | None = None
+) -> dict[str, str]:
+    """Return what its kernel says of a child that is a master."""
+
+    def child() -> dict[str, str]:
+        if before is not None:
+            before()
+        privileges.confine_master(user)
+        return status()
+
+    result: dict[str, str] = in_child(child)
+    return result
+
+
+#: CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_NET_BIND_SERVICE
+_SOCKETS = f"{1 << 0 | 1 << 1 | 1 << 10:016x}"
+
+
+@as_root
+def test_a_master_that_stays_root_keeps_what_sockets_take() -> None:
+    kernel = mastered()
+    assert {kernel[f"Cap{name}"] for name in ("Prm", "Eff", "Bnd")} == {_SOCKETS}
+    assert (kernel["CapInh"], kernel["CapAmb"]) == ("0" * 16, "0" * 16)
+
+
+def test_a_master_gets_no_new_privileges() -> None:
+    assert mastered()["NoNewPrivs"] == "1"
+
+
+def test_what_a_master_makes_is_its_user_s_alone() -> None:
+    assert mastered()["Umask"] == "0077"
+
+
+@as_root
+def test_a_master_becomes_the_user_with_its_groups_and_no_capability() -> None:
+    kernel = mastered("nobody")
+    groups = os.getgrouplist("nobody", NOBODY.pw_gid)
+    assert kernel["Uid"].split() == [str(NOBODY.pw_uid)] * 4
+    assert kernel["Gid"].split() == [str(NOBODY.pw_gid)] * 4
+    assert sorted(map(int, kernel["Groups"].split())) == sorted(groups)
+    assert {kernel[f"Cap{name}"] for name in ("Inh", "Prm", "Eff", "Amb")} == {"0" * 16}
+
+
+@as_root
+def test_a_group_that_is_named_is_the_only_one() -> None:
+    kernel = mastered("nobody:daemon")
+    gid = str(privileges.look_up("nobody:daemon").gid)
+    assert kernel["Gid"].split() == [gid] * 4
+    assert kernel["Groups"].split() == [gid]
+
+
+@as_root
+def test_there_is_no_way_back_to_root() -> None:
+    def child() -> None:
+        privileges.confine_master("nobody")
+        os.setuid(0)
+
+    assert in_child(child).errno == errno.EPERM
+
+
+@as_root
+def test_a_master_is_confined_again_after_it_was() -> None:
+    def once() -> None:
+        privileges.confine_master("nobody")
+
+    assert mastered("nobody", before=once)["CapEff"] == "0" * 16
+
+
+def _refused(work: Callable[[], Any]) -> str:
+    def child() -> str:
+        try:
+            work()
+        except ConfigError as error:
+            return str(error)
+        return "not refused"
+
+    result: str = in_child(child)
+    return result
+
+
+@as_root
+def test_who_is_not_root_cannot_become_another() -> None:
+    def work() -> None:
+        _become_nobody()
+        privileges.confine_master("daemon")
+
+    said = "--user: cannot become daemon: operation not permitted; start the daemon as root or"
+    assert _refused(work).startswith(said)
+
+
+@as_root
+def test_who_is_that_user_already_needs_no_root() -> None:
+    kernel = mastered(f"nobody:{NOBODY.pw_gid}", before=_become_nobody)
+    assert kernel["Uid"].split() == [str(NOBODY.pw_uid)] * 4
+
+
+@as_root
+@pytest.mark.parametrize(
+    ("user", "before", "warned"),
+    [(None, None, True), ("root", None, False), ("nobody", None, False), (None, "nobody", False)],
+)
+def test_a_daemon_that_stays_root_unasked_warns_once(
+    user: str | None, before: str | None, warned: bool
+) -> None:
+    def child() -> list[str]:
+        said: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger(privileges.__name__).addHandler(handler)
+        if before:
+            _become_nobody()
+        privileges.confine_master(user)
+        return said
+
+    assert [("--user" in line) for line in in_child(child)] == [True] * warned
+
+
+@pytest.mark.parametrize(
+    ("user", "said"),
+    [
+        ("nobody-at-all", "there is no user 'nobody-at-all' on this machine"),
+        ("3999999999", "there is no user '3999999999' on this machine"),
+        (":daemon", "there is no user '' on this machine"),
+        ("nobody:no-group-at-all", "there is no group 'no-group-at-all' on this machine"),
+    ],
+)
+def test_a_user_that_there_is_not_is_one_line(user: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        privileges.look_up(user)
+
+
+def test_users_have_names_and_numbers() -> None:
+    by_number = privileges.look_up(f"{NOBODY.pw_uid}:{NOBODY.pw_gid}")
+    assert by_number == ("nobody", NOBODY.pw_uid, NOBODY.pw_gid, [NOBODY.pw_gid])
+
+
+# In words
+
+
+def test_what_is_in_force_is_one_line() -> None:
+    assert str(FULL) == (
+        "user a, capabilities none, no new privileges, Landlock 7, seccomp, 9 descriptors"
+    )
+
+
+def test_what_is_missing_is_said() -> None:
+    poor = Privileges(
+        user="a",
+        capabilities=["chown", "net_bind_service"],
+        no_new_privileges=False,
+        landlock=0,
+        seccomp=False,
+        files=9,
+        missing=["no Landlock: x", "no seccomp: y"],
+    )
+    assert str(poor) == (
+        "user a, capabilities chown net_bind_service, 9 descriptors, no Landlock: x, no seccomp: y"
+    )
