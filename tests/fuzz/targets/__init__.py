@@ -15,7 +15,7 @@ class Target(Protocol):
     seeds: Callable[[], Iterable[bytes]]
 
 
-NAMES = ("messages", "framing", "session", "rings", "inflight", "console", "state")
+NAMES = ("messages", "framing", "session", "rings", "inflight", "console", "state", "records")
 
 
 def load(name: str) -> Target:

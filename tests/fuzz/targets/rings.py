@@ -2,8 +2,8 @@
 
 The guest sets descriptors, tables, indices and any words between the device's steps. Whatever it
 does, only its queue may break: the device writes nothing but its own areas and the buffers it was
-given, all of it is in the dirty log where there is one, `take` moves what `pop` would have found,
-and everything ends after as much work as the ring has entries.
+given, all of it is in the dirty log where there is one, `take` moves what `pop` would have found, a
+successor shows what was committed, and everything ends after as much work as the ring has entries.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from source import Source
 from vhost_device_console.errors import GuestError, RefusedError
 from vhost_device_console.journal import Output
+from vhost_device_console.ledger import Page, Pending
 from vhost_device_console.worker.virtqueue.chain import Chain
 from vhost_device_console.worker.virtqueue.features import (
     EVENT_IDX,
@@ -128,6 +129,7 @@ class Scene:
             self.new_state()
         words = memoryview(bytearray(64)).cast("Q")
         self.output = Output(memoryview(bytearray(OUTPUT)), words)
+        self.page = Page(memoryview(bytearray(PAGE)))
         self.logging = False
         _log.clear()
         self.owed: set[int] = set()
@@ -225,23 +227,33 @@ class Scene:
 
     # The device, and who uses it
 
-    def start(self, crash: bool) -> None:
-        """Place the ring where it goes on."""
-        if crash and self.state is not None:
+    def start(self, killed: bool, resume: Pending | None = None) -> None:
+        """Place the ring where it goes on, or where a worker that was killed had committed."""
+        if killed and self.state is not None:
             self.new_state()
         self.popped.clear()
         self.again = 0
-        self.owed.clear()
         self.hidden = False
         try:
-            self.ring = self.placed(self.state)
+            self.ring = self.placed(self.state, self.page, resume)
         except RefusedError:
             self.ring = None
+            self.owed.clear()
             return
+        if resume is not None and not self.packed:
+            visible = (resume.begin + resume.pushed) & 0xFFFF
+            assert self.aliased or self.get16(self.used + 2) == visible
         if self.logging:
             self.ring.log(_log.dirty, _RING_AT + self.used if self.flags & OWN else None)
+            assert resume is None or all(map(_log.has, self.owed)), "a page is not in the log"
+        self.owed.clear()
 
-    def placed(self, state: SplitState | PackedState | None) -> Ring:
+    def placed(
+        self,
+        state: SplitState | PackedState | None,
+        page: Page | None = None,
+        resume: Pending | None = None,
+    ) -> Ring:
         return place(
             self.memory,
             self.size,
@@ -253,6 +265,9 @@ class Scene:
             writable=self.writable,
             most_bytes=(1 << 63) - 1 if self.writable else self.most,
             inflight=state,
+            ledger=page,
+            stream=None if self.writable else self.output,
+            resume=resume,
         )
 
     def own(self) -> list[tuple[int, int]]:
@@ -267,9 +282,13 @@ class Scene:
     def device(self, what: int, a: int, b: int, c: int) -> None:
         ring = self.ring
         if what in (AGAIN, CRASH):
+            resume = None
             if ring is not None:
                 self.index = ring.index
-            self.start(what == CRASH)
+                if what == CRASH and a & 1:
+                    # Committed in the ledger or, of a control queue, in the snapshot.
+                    resume = ring.pending() if a & 2 else self.page.pending()
+            self.start(what == CRASH, resume)
             return
         if ring is None:
             return
@@ -430,7 +449,7 @@ def run(data: bytes) -> None:
     """Eight bytes describe the ring; each eight after them are a step of one of its two sides."""
     source = Source(data)
     scene = Scene(source)
-    scene.start(crash=False)
+    scene.start(killed=False)
     for _ in range(_MOST_STEPS):
         step = source.take(STEP.size)
         if len(step) < STEP.size:
@@ -480,6 +499,8 @@ def seeds() -> Iterable[bytes]:
             (POP, 0, 0, 0),
             (UNPOP, 1, 0, 0),
             (CRASH, 0, 0, 0),
+            *serve[:2],
+            (CRASH, 1 + flags % 4, 0, 0),
             *serve,
             *across,
             (TAKE, 4, 0, 0),
