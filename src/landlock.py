@@ -1,6 +1,6 @@
 """Landlock: a process gives up every path, TCP, and whoever is outside (landlock(7)).
 
-Nothing is allowed here: descriptors that are open already stay usable, and a worker opens no other.
+No exception is made: descriptors that are open already stay usable, and so do those of memory.
 """
 
 from __future__ import annotations
@@ -44,15 +44,16 @@ def _known(rights: dict[int, int], abi: int) -> int:
     return sum(bits for since, bits in rights.items() if since <= abi)
 
 
-def restrict_self(call: Call = system_call) -> int:
-    """Give up all that this kernel's Landlock can take, for ever; return its ABI.
+def restrict_self(call: Call = system_call, *, network: bool = False) -> int:
+    """Give up all that this kernel's Landlock can take, but TCP with `network`; return its ABI.
 
     The process must have no_new_privs. Raises OSError, with a line for people, where the kernel has
     no Landlock (before 5.13, or built without) or was started without it.
     """
     try:
         abi = call(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION)
-        rules = _Ruleset(_known(_FILES, abi), _known(_TCP, abi), _known(_SCOPES, abi))
+        tcp = 0 if network else _known(_TCP, abi)
+        rules = _Ruleset(_known(_FILES, abi), tcp, _known(_SCOPES, abi))
         size = ctypes.c_size_t(ctypes.sizeof(rules))
         ruleset = call(_CREATE_RULESET, ctypes.byref(rules), size, 0)
         try:

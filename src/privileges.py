@@ -1,7 +1,8 @@
 """What the daemon and its workers may still do once they have what they need.
 
 A worker holds one guest's memory and reads what guests, frontends and clients send, so it is left
-with nothing but its descriptors: `confine_worker`. The master keeps what sockets take to be made
+with nothing but its descriptors: `confine_worker`. The TLS gateway, to which anybody may come, is
+left with sockets and no file: `confine_gateway`. The master keeps what sockets take to be made
 and removed: `confine_master`. Both are for ever.
 """
 
@@ -178,12 +179,22 @@ def confine_worker(sandbox: bool) -> Privileges:
 
     Without `sandbox` it keeps files, sockets and system calls, for debuggers, and nothing else.
     """
+    _limit_files()
+    return _confine(sandbox, network=False)
+
+
+def confine_gateway(sandbox: bool) -> Privileges:
+    """Leave this process what `confine_worker` does, and sockets."""
+    return _confine(sandbox, network=True)
+
+
+def _confine(sandbox: bool, *, network: bool) -> Privileges:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _keep_guests_from_cores()
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
-    files = _limit_files()
     _keep_capabilities(0)
     _prctl(_SET_NO_NEW_PRIVS, 1)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     no_new_privileges = bool(_prctl(_GET_NO_NEW_PRIVS))
     capabilities = _names(_held()[0])
     missing = []
@@ -192,11 +203,11 @@ def confine_worker(sandbox: bool) -> Privileges:
         missing.append("no sandbox: it was switched off")
     else:
         try:
-            abi = landlock.restrict_self()
+            abi = landlock.restrict_self(network=network)
         except OSError as error:
             missing.append(f"no Landlock: {error.strerror}")
         try:
-            seccomp.restrict_self()
+            seccomp.restrict_self(network=network)
             filtered = True
         except OSError as error:
             missing.append(f"no seccomp: {error.strerror}")
@@ -220,11 +231,10 @@ def _keep_guests_from_cores() -> None:
         kinds.write(f"{kept:#x}")
 
 
-def _limit_files() -> int:
+def _limit_files() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    return most
 
 
 def _names(capabilities: int) -> list[str]:

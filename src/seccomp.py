@@ -1,4 +1,4 @@
-"""A worker's system calls: those on a list, by a filter that libseccomp writes.
+"""The system calls of a worker or a gateway: those on a list, by a filter that libseccomp writes.
 
 The library is called by its C functions, as its Python bindings do: it is on nearly every Linux,
 since systemd needs it, and they are not. Source: seccomp_init(3) and the pages it names.
@@ -46,6 +46,9 @@ _ALLOWED = """
     getpid gettid getppid getuid geteuid getgid getegid getrandom
     exit exit_group
 """
+
+#: What a gateway does besides; which files it can open is Landlock's to say.
+_NETWORK = "socket socketpair bind listen connect accept accept4 openat"
 
 #: What only somebody who has taken the worker over would try. Anything else is merely refused.
 _HOSTILE = """
@@ -108,11 +111,12 @@ def _has(argument: int, value: int, mask: int = _LOW) -> _If:
     return _If(argument, _MASKED_EQUAL, mask, value)
 
 
-def _rules() -> Iterator[tuple[int, str, list[_If]]]:
+def _rules(network: bool) -> Iterator[tuple[int, str, list[_If]]]:
     """Yield what is done about a system call whose arguments are so."""
-    for name in _ALLOWED.split():
+    allowed = {*_ALLOWED.split(), *(_NETWORK.split() if network else ())}
+    for name in sorted(allowed):
         yield _ALLOW, name, []
-    for name in _HOSTILE.split():
+    for name in sorted({*_HOSTILE.split()} - allowed):
         yield _KILL, name, []
     for name in ("mmap", "mprotect"):
         yield _ALLOW, name, [_has(2, 0, _PROT_EXEC)]
@@ -137,8 +141,8 @@ def library() -> ctypes.CDLL:
     return found
 
 
-def restrict_self() -> None:
-    """Be left with the system calls of a worker, for ever.
+def restrict_self(*, network: bool = False) -> None:
+    """Be left with the system calls of a worker, for ever; with `network`, of a gateway.
 
     What is not listed fails with EPERM, and what only an intruder would try kills the process
     (SIGSYS). no_new_privs comes with it. Raises OSError, with a line for people, where it cannot be
@@ -152,7 +156,7 @@ def restrict_self() -> None:
         # go through the list in its order.
         found.seccomp_attr_set(context, _KEEP_SPECULATING, ctypes.c_uint32(1))
         found.seccomp_attr_set(context, _OPTIMIZE, ctypes.c_uint32(_BY_TREE))
-        for action, name, conditions in _rules():
+        for action, name, conditions in _rules(network):
             number = found.seccomp_syscall_resolve_name(name.encode())
             if number == _UNKNOWN:  # newer than the library
                 continue

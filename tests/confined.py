@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -49,3 +50,15 @@ def status() -> dict[str, str]:
     """Return /proc/self/status."""
     with open("/proc/self/status") as file:
         return {key: value.strip() for key, _, value in (line.partition(":") for line in file)}
+
+
+def loopback() -> bytes:
+    """Return what went over a TCP connection to itself."""
+    with socket.socket() as listener, socket.socket() as ours:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        ours.connect(listener.getsockname())
+        theirs, _ = listener.accept()
+        with theirs:
+            ours.sendall(b"over TCP")
+            return theirs.recv(100)

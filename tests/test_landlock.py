@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from vhost_device_console import landlock
 
-from confined import in_child
+from confined import in_child, loopback
 
 
 def _abi() -> int:
@@ -28,12 +28,12 @@ ABI = _abi()
 needs = {abi: pytest.mark.skipif(abi > ABI, reason=f"Landlock is {ABI}") for abi in (1, 3, 4, 6)}
 
 
-def restricted(work: Callable[[], Any]) -> Any:
+def restricted(work: Callable[[], Any], *, network: bool = False) -> Any:
     """Return what `work` returns in a process that gave up all that it can."""
 
     def child() -> Any:
         ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)
-        landlock.restrict_self()
+        landlock.restrict_self(network=network)
         return work()
 
     return in_child(child)
@@ -76,6 +76,27 @@ def test_tcp_leads_nowhere() -> None:
 @needs[4]
 def test_no_tcp_port_is_taken() -> None:
     assert restricted(lambda: socket.create_server(("127.0.0.1", 0))).errno == errno.EACCES
+
+
+@needs[1]
+def test_a_gateway_keeps_tcp() -> None:
+    assert restricted(loopback, network=True) == b"over TCP"
+
+
+@needs[1]
+def test_a_gateway_opens_memory_and_no_file() -> None:
+    def read() -> tuple[str, int | None]:
+        fd = os.memfd_create("certificate")
+        os.write(fd, b"ok")
+        with open(f"/proc/self/fd/{fd}") as file:
+            text = file.read()
+        try:
+            os.open("/etc/passwd", os.O_RDONLY)
+        except OSError as error:
+            return text, error.errno
+        return text, None
+
+    assert restricted(read, network=True) == ("ok", errno.EACCES)
 
 
 @needs[6]

@@ -16,7 +16,7 @@ from vhost_device_console import landlock, privileges, seccomp
 from vhost_device_console.errors import ConfigError
 from vhost_device_console.health import Privileges
 
-from confined import in_child, status
+from confined import in_child, loopback, status
 
 ROOT = os.geteuid() == 0
 
@@ -145,7 +145,7 @@ def test_without_the_sandbox_files_can_be_opened() -> None:
 
 
 def test_a_worker_without_landlock_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none() -> int:
+    def none(**_: object) -> int:
         raise OSError(errno.ENOSYS, "this kernel has none")
 
     monkeypatch.setattr(landlock, "restrict_self", none)
@@ -156,7 +156,7 @@ def test_a_worker_without_landlock_goes_on_and_says_so(monkeypatch: pytest.Monke
 
 
 def test_a_worker_without_libseccomp_goes_on_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none() -> int:
+    def none(**_: object) -> int:
         raise OSError(errno.ENOENT, "it is not installed")
 
     monkeypatch.setattr(seccomp, "restrict_self", none)
@@ -184,6 +184,16 @@ def test_a_confined_worker_can_say_where_it_went_wrong() -> None:
     said = in_child(child)
     assert said.startswith("here\nTraceback")
     assert said.endswith("ConfigError: it went wrong")
+
+
+def test_a_gateway_has_the_same_but_sockets() -> None:
+    def child() -> tuple[Privileges, bytes]:
+        privileges.prepare()
+        return privileges.confine_gateway(True), loopback()
+
+    said, data = in_child(child)
+    assert (said.capabilities, said.no_new_privileges, data) == ([], True, b"over TCP")
+    assert (said.landlock > 0, said.seccomp) == HAVE
 
 
 # The master

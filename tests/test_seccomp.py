@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from vhost_device_console import seccomp
 
-from confined import Died, in_child
+from confined import Died, in_child, loopback
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -34,14 +34,14 @@ def library() -> Iterator[ctypes.CDLL]:
 
 
 @pytest.fixture
-def restricted(library: ctypes.CDLL) -> Callable[[Callable[[], Any]], Any]:
+def restricted(library: ctypes.CDLL) -> Callable[..., Any]:
     """Give a function that does something in a child with a worker's system calls."""
     assert library
 
-    def run(work: Callable[[], Any]) -> Any:
+    def run(work: Callable[[], Any], *, network: bool = False) -> Any:
         def child() -> Any:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # some are killed
-            seccomp.restrict_self()
+            seccomp.restrict_self(network=network)
             return work()
 
         return in_child(child)
@@ -92,7 +92,7 @@ def _own() -> int:
     ],
 )
 def test_what_a_worker_never_does_is_refused(
-    restricted: Callable[[Any], Any], work: Callable[[], Any]
+    restricted: Callable[..., Any], work: Callable[[], Any]
 ) -> None:
     assert restricted(work).errno == errno.EPERM
 
@@ -125,7 +125,7 @@ def test_what_a_worker_never_does_is_refused(
     ],
 )
 def test_what_only_an_intruder_does_is_its_end(
-    restricted: Callable[[Any], Any], work: Callable[[], Any]
+    restricted: Callable[..., Any], work: Callable[[], Any]
 ) -> None:
     assert restricted(work) == Died(signal.SIGSYS)
 
@@ -163,12 +163,12 @@ def _terminal(ends: tuple[int, int]) -> bytes:
 
 @pytest.mark.parametrize("work", [_memory, _wait], ids=["memory", "wait"])
 def test_what_a_worker_does_is_let_through(
-    restricted: Callable[[Any], Any], work: Callable[[], Any]
+    restricted: Callable[..., Any], work: Callable[[], Any]
 ) -> None:
     assert restricted(work) == b"ok"
 
 
-def test_a_terminal_s_modes_can_be_set(restricted: Callable[[Any], Any]) -> None:
+def test_a_terminal_s_modes_can_be_set(restricted: Callable[..., Any]) -> None:
     ends = os.openpty()
     try:
         assert restricted(lambda: _terminal(ends)) == b"ok"
@@ -178,7 +178,7 @@ def test_a_terminal_s_modes_can_be_set(restricted: Callable[[Any], Any]) -> None
 
 
 def test_sockets_that_are_there_carry_bytes_and_descriptors(
-    restricted: Callable[[Any], Any],
+    restricted: Callable[..., Any],
 ) -> None:
     ours, theirs = socket.socketpair()
 
@@ -194,11 +194,20 @@ def test_sockets_that_are_there_carry_bytes_and_descriptors(
         assert ours.recv(10) == b"back"
 
 
-def test_a_worker_may_end_itself(restricted: Callable[[Any], Any]) -> None:
+def test_a_gateway_has_sockets(restricted: Callable[..., Any]) -> None:
+    assert restricted(loopback, network=True) == b"over TCP"
+
+
+def test_a_gateway_starts_nothing_either(restricted: Callable[..., Any]) -> None:
+    died = restricted(lambda: os.execv("/bin/true", ["true"]), network=True)
+    assert died == Died(signal.SIGSYS)
+
+
+def test_a_worker_may_end_itself(restricted: Callable[..., Any]) -> None:
     assert restricted(lambda: os.kill(os.getpid(), signal.SIGKILL)) == Died(signal.SIGKILL)
 
 
-def test_an_abort_is_one(restricted: Callable[[Any], Any]) -> None:
+def test_an_abort_is_one(restricted: Callable[..., Any]) -> None:
     def abort() -> None:
         faulthandler.disable()  # pytest's would write about it
         os.abort()
@@ -207,7 +216,7 @@ def test_an_abort_is_one(restricted: Callable[[Any], Any]) -> None:
 
 
 def test_calls_that_the_library_does_not_know_yet_are_passed_over(
-    restricted: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch
+    restricted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     allowed = seccomp._ALLOWED  # noqa: SLF001
     monkeypatch.setattr(seccomp, "_ALLOWED", f"{allowed} call_of_the_future")
