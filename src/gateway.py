@@ -63,7 +63,7 @@ def serve(channel: socket.socket) -> int:
 
 
 def _refuse_password() -> NoReturn:
-    raise ValueError("the key is encrypted: nobody could type its passphrase")
+    raise ValueError("the key is encrypted, and nobody there to type its passphrase")
 
 
 def _contents(fd: int, what: str) -> bytes:
@@ -71,7 +71,7 @@ def _contents(fd: int, what: str) -> bytes:
     while more := os.read(fd, LARGEST_FILE + 1 - len(data)):
         data += more
     if not data or len(data) > LARGEST_FILE:
-        raise ValueError(f"{what} has {len(data)} bytes" if not data else f"{what} is too large")
+        raise ValueError(f"the {what} is {'too large' if data else 'empty'}")
     return data
 
 
@@ -91,20 +91,23 @@ def context(files: list[int]) -> ssl.SSLContext:
     made.minimum_version = ssl.TLSVersion.TLSv1_3
     made.num_tickets = 0  # or a certificate that expired could come back
     memory: list[int] = []
+    which = "the certificate or its key"
     try:
         for fd, what in zip(files, ("certificate", "key"), strict=False):
             memory.append(_in_memory(fd, what))
         cert, key = (f"/proc/self/fd/{fd}" for fd in memory)
         made.load_cert_chain(cert, key, _refuse_password)
+        which = "the client CA"
         for fd in files[2:]:
-            made.load_verify_locations(cadata=_contents(fd, "client CA").decode("ascii"))
+            made.load_verify_locations(cadata=_contents(fd, "client CA").decode())
             made.verify_mode = ssl.CERT_REQUIRED
     except UnicodeDecodeError:
-        raise ValueError("the client CA is not PEM") from None
+        raise ValueError(f"{which} is no PEM") from None
     except ssl.SSLError as error:
-        raise ValueError(_words(error)) from error
+        why = _words(error) if error.reason else "no PEM, or damaged"
+        raise ValueError(f"{which}: {why}") from error
     except OSError as error:
-        raise ValueError((error.strerror or str(error)).lower()) from error
+        raise ValueError(f"{which}: {_words(error)}") from error
     finally:
         for fd in memory:
             os.close(fd)
@@ -281,21 +284,22 @@ class _Gateway:
                 self._over.set()
                 return
             try:
-                self._obey(tls.orders.decode(data), fds)
+                answer = self._obey(tls.orders.decode(data), fds)
             finally:
                 for fd in fds:
                     os.close(fd)
+            if answer is not None:
+                with suppress(OSError):
+                    tls.send(self._channel, answer)
 
-    def _obey(self, order: tls.Order, fds: list[int]) -> None:
+    def _obey(self, order: tls.Order, fds: list[int]) -> tls.Served | None:
+        """Do what the master says, and return what it is to hear; takes what it keeps of `fds`."""
         match order:
             case tls.Serve(guest=guest, port=number, client_ca=client_ca):
                 error = self._serve(order, fds) if len(fds) == 3 + client_ca else _NO_FDS
-                self._say(tls.Served(guest, number, error))
+                return tls.Served(guest, number, error)
             case tls.Check(client_ca=client_ca):
-                error = _NO_FDS
-                if len(fds) == 2 + client_ca:
-                    _, error = _tried(fds)
-                self._say(tls.Served(error=error))
+                return tls.Served(error=_tried(fds)[1] if len(fds) == 2 + client_ca else _NO_FDS)
             case tls.Forget(guest=guest, port=number):
                 if (port := self._ports.pop((guest, number), None)) is not None:
                     port.close()
@@ -305,10 +309,7 @@ class _Gateway:
                 self._ports.clear()
                 self._retiring = True
                 self._leave_if_done()
-
-    def _say(self, notice: tls.Notice) -> None:
-        with suppress(OSError):
-            tls.send(self._channel, notice)
+        return None
 
     def _serve(self, order: tls.Serve, fds: list[int]) -> str | None:
         made, error = _tried(fds[1:])

@@ -19,6 +19,7 @@ from typing import Annotated
 import msgspec
 
 from . import endpoints
+from .admission import Sparing, refusal
 from .config import PortTable
 from .errors import ConfigError, ConsoleError
 
@@ -281,6 +282,7 @@ class _Client:
 class Server:
     """Answers clients from the caller's selector, whose keys carry a callable as data.
 
+    Those are processes of the daemon's user or root; all others are hung up on.
     `listener` is a non-blocking listening socket's descriptor, which stays the caller's. `answer`
     may raise ConsoleError, whose text the client gets as a Failure.
     """
@@ -296,6 +298,7 @@ class Server:
         self._answer = answer
         self._clients: dict[int, _Client] = {}
         self._spare: int | None = None
+        self._refusals = Sparing()
         self._take_spare()
         selector.register(listener, selectors.EVENT_READ, self._accept)
 
@@ -325,6 +328,11 @@ class Server:
             return
         finally:
             borrowed.detach()
+        # Who may reach the socket by its mode is not the question: only these may command.
+        if (why := refusal(connection, {0, os.geteuid()})) is not None:
+            connection.close()
+            self._refusals.warn(f"a command was refused: {why}")
+            return
         if len(self._clients) >= MOST_CLIENTS:
             self._drop(next(iter(self._clients.values())))
         connection.setblocking(False)

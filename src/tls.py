@@ -181,6 +181,15 @@ class Gateway:
         running = [*self._retired, self._now] if self._now else self._retired
         return [(process.pid, process.channel.fileno()) for process in running]
 
+    def keep(self) -> list[tuple[int, int]]:
+        """Give all that run up as they are, for the program that replaces this one."""
+        kept = self.kept
+        for process in [*self._retired, *([self._now] if self._now else [])]:
+            self._deafen(process)
+            process.channel.detach()
+        self._retired, self._now = [], None
+        return kept
+
     @property
     def deadline(self) -> float | None:
         """When `tick` is due, in seconds of time.monotonic; None when nothing is waited for."""
