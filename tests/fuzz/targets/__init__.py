@@ -15,7 +15,10 @@ class Target(Protocol):
     seeds: Callable[[], Iterable[bytes]]
 
 
-NAMES = ("messages", "framing", "session", "rings", "inflight", "console", "state", "records")
+NAMES = (
+    *("messages", "framing", "session", "memory", "rings", "inflight", "console", "state"),
+    "records",
+)
 
 
 def load(name: str) -> Target:
