@@ -153,10 +153,12 @@ def confine_master(user: str | None) -> None:
         _log.warning("it runs as root, where another user would do: name one with --user")
     _keep_capabilities(_MASTERS if os.geteuid() == 0 else 0)
     _prctl(_SET_NO_NEW_PRIVS, 1)
+    prepare()
 
 
+@cache
 def prepare() -> None:
-    """Load what a confined worker could not, for all that are forked afterwards."""
+    """Load what a confined process could not, here or for all that are forked from here."""
     _user_name()
     with suppress(OSError):
         seccomp.library()
@@ -189,6 +191,7 @@ def confine_gateway(sandbox: bool) -> Privileges:
 
 
 def _confine(sandbox: bool, *, network: bool) -> Privileges:
+    prepare()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _keep_guests_from_cores()
     resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))

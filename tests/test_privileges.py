@@ -56,7 +56,6 @@ def confined(
         if before is not None:
             before()
         with open("/proc/self/status") as file:
-            privileges.prepare()
             said = privileges.confine_worker(sandbox)
             lines = (line.partition(":") for line in file)
             return said, {key: value.strip() for key, _, value in lines}
@@ -168,7 +167,6 @@ def test_a_worker_without_libseccomp_goes_on_and_says_so(monkeypatch: pytest.Mon
 
 def test_a_confined_worker_can_say_where_it_went_wrong() -> None:
     def child() -> str:
-        privileges.prepare()
         privileges.confine_worker(True)
         said: list[str] = []
         handler = logging.Handler()
@@ -188,7 +186,6 @@ def test_a_confined_worker_can_say_where_it_went_wrong() -> None:
 
 def test_a_gateway_has_the_same_but_sockets() -> None:
     def child() -> tuple[Privileges, bytes]:
-        privileges.prepare()
         return privileges.confine_gateway(True), loopback()
 
     said, data = in_child(child)
