@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 from source import Source
 from vhost_device_console.errors import GuestError, RefusedError
-from vhost_device_console.journal import Output
+from vhost_device_console.journal import Input, Output
 from vhost_device_console.ledger import Page, Pending
 from vhost_device_console.worker.virtqueue.chain import Chain
 from vhost_device_console.worker.virtqueue.features import (
@@ -112,7 +112,7 @@ class Scene:
         self.desc, self.avail, self.used = _LAYOUTS[layout % len(_LAYOUTS)]
         # Not the common layout: the guest may have the device's words for its own.
         self.aliased = layout % len(_LAYOUTS) >= 4
-        self.most = (OUTPUT, 100, OUTPUT, 1)[limits % 4]
+        self.most = (OUTPUT, 100, 2 * OUTPUT, 1)[limits % 4]
         self.backing = bytearray(_BACKING)
         regions = [*_REGIONS] if flags & LOGGED else [*_REGIONS, _LAST]
         whole = memoryview(self.backing)
@@ -129,6 +129,7 @@ class Scene:
             self.new_state()
         words = memoryview(bytearray(64)).cast("Q")
         self.output = Output(memoryview(bytearray(OUTPUT)), words)
+        self.input = Input(memoryview(bytearray(OUTPUT)), words)
         self.page = Page(memoryview(bytearray(PAGE)))
         self.logging = False
         _log.clear()
@@ -266,7 +267,7 @@ class Scene:
             most_bytes=(1 << 63) - 1 if self.writable else self.most,
             inflight=state,
             ledger=page,
-            stream=None if self.writable else self.output,
+            stream=self.input if self.writable else self.output,
             resume=resume,
         )
 
@@ -410,6 +411,8 @@ class Scene:
                 break
             if self.packed and len(found) == self.size:
                 return None  # it offers again what it was not given back
+            if chain.size > OUTPUT:
+                return [*found, None]
             found.append(b"".join(chain.spans))
         return found
 
@@ -510,3 +513,5 @@ def seeds() -> Iterable[bytes]:
             (AGAIN, 0, 0, 0),
             base=0xFFFE if flags & ORDER and not flags & PACKED else 0x8000_8000,
         )
+    one = (DESC, 0, 0, length)
+    yield _seed(PACKED, 0, *[one, (POP, 0, 0, 0), (PUSH, 0, 0, 0)] * 2, base=0x8000_8000)
