@@ -31,14 +31,15 @@ MOST_FILES = 16384
 # linux/prctl.h
 _SET_NO_NEW_PRIVS, _GET_NO_NEW_PRIVS = 38, 39
 _BOUNDING_DROP = 24
-_AMBIENT, _AMBIENT_CLEAR_ALL = 47, 4
+
+_LOW = (1 << 32) - 1
 
 _CAPABILITY_VERSION = 0x20080522  # _LINUX_CAPABILITY_VERSION_3, of 64 bits
 
 #: By their numbers (linux/capability.h); others are called by theirs.
 _NAMES = {0: "chown", 1: "dac_override", 10: "net_bind_service"}
 
-#: What a master that stays root has use for: sockets in folders and with owners of others, and
+#: What a master has use for, if it was given it: sockets in folders and with owners of others, and
 #: TCP ports below 1024.
 _MASTERS = sum(1 << number for number in _NAMES)
 
@@ -72,17 +73,21 @@ def _prctl(*arguments: int) -> int:
     return _call("prctl", *map(ctypes.c_ulong, (*arguments, *[0] * (5 - len(arguments)))))
 
 
-def _held() -> tuple[int, int]:
-    """Return the effective and the permitted capabilities of this thread, bit by bit."""
+def _capabilities() -> tuple[int, int, int]:
+    """Return the effective, permitted and inheritable capabilities of this thread, bit by bit."""
     sets = (_Sets * 2)()
     _call("capget", ctypes.byref(_Header(_CAPABILITY_VERSION, 0)), sets)
     low, high = sets
-    return low.effective | high.effective << 32, low.permitted | high.permitted << 32
+    return (
+        low.effective | high.effective << 32,
+        low.permitted | high.permitted << 32,
+        low.inheritable | high.inheritable << 32,
+    )
 
 
 def _keep_capabilities(wanted: int) -> None:
     """Give up every capability but those of `wanted` that this process has."""
-    effective, permitted = _held()
+    _, permitted, inheritable = _capabilities()
     kept = wanted & permitted
     for number in range(64):
         if not kept >> number & 1:
@@ -90,12 +95,11 @@ def _keep_capabilities(wanted: int) -> None:
                 _prctl(_BOUNDING_DROP, number)
             except OSError:  # no more are known, or not ours to drop, and then no_new_privs does
                 break
-    _prctl(_AMBIENT, _AMBIENT_CLEAR_ALL)
-    if (effective, permitted) == (kept, kept):
-        return
     sets = (_Sets * 2)()
-    for half, bits in enumerate((kept & 0xFFFFFFFF, kept >> 32)):
-        sets[half].effective = sets[half].permitted = bits
+    # An ambient one goes with its inheritable one.
+    for half, shift in enumerate((0, 32)):
+        sets[half].effective = sets[half].permitted = kept >> shift & _LOW
+        sets[half].inheritable = (inheritable & kept) >> shift & _LOW
     _call("capset", ctypes.byref(_Header(_CAPABILITY_VERSION, 0)), sets)
 
 
@@ -151,7 +155,7 @@ def confine_master(user: str | None) -> None:
         _become(look_up(user))
     elif os.geteuid() == 0:
         _log.warning("it runs as root, where another user would do: name one with --user")
-    _keep_capabilities(_MASTERS if os.geteuid() == 0 else 0)
+    _keep_capabilities(_MASTERS)
     _prctl(_SET_NO_NEW_PRIVS, 1)
     prepare()
 
@@ -181,26 +185,28 @@ def confine_worker(sandbox: bool) -> Privileges:
 
     Without `sandbox` it keeps files, sockets and system calls, for debuggers, and nothing else.
     """
-    _limit_files()
-    return _confine(sandbox, network=False)
+    return _confine(sandbox, MOST_FILES, network=False)
 
 
 def confine_gateway(sandbox: bool) -> Privileges:
     """Leave this process what `confine_worker` does, and sockets."""
-    return _confine(sandbox, network=True)
+    return _confine(sandbox, None, network=True)
 
 
-def _confine(sandbox: bool, *, network: bool) -> Privileges:
+def _confine(sandbox: bool, most_files: int | None, *, network: bool) -> Privileges:
     prepare()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    missing = []
     _keep_guests_from_cores()
-    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))
+    limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NPROC: 0}
+    if most_files is not None:
+        limits[resource.RLIMIT_NOFILE] = most_files
+    if not all(_limit(kind, most) for kind, most in limits.items()):
+        missing.append("no limits: it may not set them")
     _keep_capabilities(0)
     _prctl(_SET_NO_NEW_PRIVS, 1)
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     no_new_privileges = bool(_prctl(_GET_NO_NEW_PRIVS))
-    capabilities = _names(_held()[0])
-    missing = []
+    capabilities = _names(_capabilities()[0])
     abi, filtered = 0, False
     if not sandbox:
         missing.append("no sandbox: it was switched off")
@@ -234,10 +240,16 @@ def _keep_guests_from_cores() -> None:
         kinds.write(f"{kept:#x}")
 
 
-def _limit_files() -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def _limit(kind: int, most: int) -> bool:
+    """Say whether there is that limit now, or was a lower one."""
+    _, hard = resource.getrlimit(kind)
+    if hard != resource.RLIM_INFINITY:
+        most = min(hard, most)
+    try:
+        resource.setrlimit(kind, (most, most))
+    except (OSError, ValueError):  # such as a service's own filter
+        return False
+    return True
 
 
 def _names(capabilities: int) -> list[str]:

@@ -7,7 +7,11 @@ import errno
 import logging
 import os
 import pwd
+import re
 import resource
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -114,6 +118,16 @@ def test_a_worker_has_limits_that_it_cannot_raise() -> None:
     assert in_child(_limits) == [(files, files), (0, 0), (0, 0)]
 
 
+def test_a_worker_that_may_not_set_limits_goes_on_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*_: object) -> None:
+        raise ValueError("not allowed to raise maximum limit")  # CPython's word for EPERM
+
+    monkeypatch.setattr(resource, "setrlimit", refused)
+    assert "no limits: it may not set them" in confined()[0].missing
+
+
 def test_a_lower_limit_of_descriptors_is_kept() -> None:
     def child() -> list[tuple[int, int]]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
@@ -212,14 +226,41 @@ def mastered(
 
 
 #: CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_NET_BIND_SERVICE
-_SOCKETS = f"{1 << 0 | 1 << 1 | 1 << 10:016x}"
+_SOCKETS = 1 << 0 | 1 << 1 | 1 << 10
 
 
 @as_root
 def test_a_master_that_stays_root_keeps_what_sockets_take() -> None:
     kernel = mastered()
-    assert {kernel[f"Cap{name}"] for name in ("Prm", "Eff", "Bnd")} == {_SOCKETS}
+    assert {kernel[f"Cap{name}"] for name in ("Prm", "Eff", "Bnd")} == {f"{_SOCKETS:016x}"}
     assert (kernel["CapInh"], kernel["CapAmb"]) == ("0" * 16, "0" * 16)
+
+
+def _after_exec(*program: str) -> dict[str, int]:
+    """Return the capabilities of the program that replaces a master, which `program` starts."""
+    code = (
+        "import os; from vhost_device_console import privileges; privileges.confine_master(None); "
+        "os.execvp('cat', ['cat', '/proc/self/status'])"
+    )
+    command = [*program, sys.executable, "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^Cap(\w+):\t(\w+)$", said, re.MULTILINE)
+    return {name: int(bits, 16) for name, bits in found}
+
+
+@as_root
+def test_the_program_that_replaces_a_master_has_no_more_capabilities() -> None:
+    sets = _after_exec()
+    assert sets == {"Inh": 0, "Prm": _SOCKETS, "Eff": _SOCKETS, "Bnd": _SOCKETS, "Amb": 0}
+
+
+@as_root
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="needs setpriv")
+def test_what_a_service_gave_its_user_for_sockets_stays() -> None:
+    given = (f"--{kind}-caps=+net_bind_service,+net_raw" for kind in ("inh", "ambient"))
+    sets = _after_exec("setpriv", "--reuid=nobody", "--clear-groups", *given)
+    del sets["Bnd"]
+    assert {*sets.values()} == {1 << 10}
 
 
 def test_a_master_gets_no_new_privileges() -> None:
