@@ -315,6 +315,8 @@ def _listen_unix(path: str, access: Access, inherited: Inherited | None) -> Kept
                 finally:
                     os.umask(before)
                 status = os.lstat(path)
+                if access != Access() and not _is_own_socket(status):
+                    raise ConfigError(f"cannot create socket {path}: {_OUSTED}")
                 kept = Kept(made.fileno(), os.fsencode(path), status.st_dev, status.st_ino)
                 undo.callback(made.detach)
                 undo.callback(kept.release)
@@ -325,6 +327,13 @@ def _listen_unix(path: str, access: Access, inherited: Inherited | None) -> Kept
         undo.pop_all()
         made.detach()
     return kept
+
+
+_OUSTED = "something else took its place"
+
+
+def _is_own_socket(status: os.stat_result) -> bool:
+    return stat.S_ISSOCK(status.st_mode) and status.st_uid == os.geteuid()
 
 
 def _give(kept: Kept, access: Access) -> None:
@@ -343,7 +352,7 @@ def _give(kept: Kept, access: Access) -> None:
     try:
         status = os.fstat(fd)
         if (status.st_dev, status.st_ino) != (kept.device, kept.inode):
-            raise ConfigError(f"cannot create socket {path}: something else took its place")
+            raise ConfigError(f"cannot create socket {path}: {_OUSTED}")
         file = f"/proc/self/fd/{fd}"
         # In this order nobody may connect for a moment who may not later.
         if group not in (-1, status.st_gid):

@@ -11,26 +11,46 @@ import socket
 import stat
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from itertools import product
 from pathlib import Path
 
+import msgspec
 import pytest
 from vhost_device_console import endpoints
-from vhost_device_console.config import Backend, Guest, Nested, Network, Port, Pty, Unix
-from vhost_device_console.endpoints import Endpoint, Endpoints
+from vhost_device_console.config import (
+    Access,
+    Backend,
+    Guest,
+    Nested,
+    Network,
+    Port,
+    Pty,
+    Tls,
+    Unix,
+)
+from vhost_device_console.endpoints import Endpoint, Endpoints, Inherited, Kept, KeptEndpoints
 from vhost_device_console.errors import ConfigError
 
 from launch import Ports
 
+PRIVATE = Access()
 
-def guest(path: Path | None, backend: Backend | None = None, fd: int | None = None) -> Guest:
+
+def guest(
+    path: Path | None,
+    backend: Backend | None = None,
+    fd: int | None = None,
+    access: Access = PRIVATE,
+) -> Guest:
     return Guest(
         name="g",
-        ports=(Port(id=0, name="console0", backend=backend or Nested()),),
+        ports=(Port(id=0, name="console0", backend=backend or Nested(), access=access),),
         max_ports=1,
         socket_path=None if path is None else str(path),
         fd=fd,
+        access=access,
     )
 
 
@@ -56,12 +76,13 @@ def connect(path: Path | str) -> socket.socket:
     return made
 
 
-def as_nobody(action: Callable[[], None]) -> str:
+def as_nobody(action: Callable[[], None], groups: Sequence[int] = ()) -> str:
     """Run `action` without privileges in a child and return the error it raised."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
+            os.setgroups(groups)
             os.setresuid(65534, 65534, 65534)
             action()
         except BaseException as error:
@@ -506,3 +527,331 @@ def test_without_descriptors_an_endpoint_is_one_clear_line(
             Endpoint(Port(id=5, name="p", backend=backend))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# Who owns a socket
+
+
+def owned(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid
+
+
+def test_a_socket_has_the_mode_that_is_asked_for(folder: Path) -> None:
+    wanted = guest(folder / "s", Unix(str(folder / "d")), access=Access(0o666))
+    with closing(Endpoints(wanted)):
+        assert {owned(folder / name)[0] for name in ("s", "d")} == {0o666}
+
+
+@needs_root
+def test_a_socket_has_the_owner_and_group_that_are_asked_for(folder: Path) -> None:
+    wanted = guest(folder / "s", Unix(str(folder / "d")), access=Access(0o640, "12345", "54321"))
+    with closing(Endpoints(wanted)):
+        assert {owned(folder / name) for name in ("s", "d")} == {(0o640, 12345, 54321)}
+    assert os.listdir(folder) == []
+
+
+@needs_root
+def test_nobody_may_connect_for_a_moment_who_may_not_later(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each change the file's mode, owner and group let in only whom the last ones do."""
+    seen = []
+
+    def watched(change: Callable[..., None]) -> Callable[..., None]:
+        def spy(*arguments: object) -> None:
+            change(*arguments)
+            seen.append(owned(folder / "s"))
+
+        return spy
+
+    for name in ("chown", "chmod"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    with closing(Endpoints(guest(folder / "s", access=Access(0o660, "12345", "54321")))):
+        pass
+    assert seen == [(0o600, 0, 54321), (0o660, 0, 54321), (0o660, 12345, 54321)]
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("access", "why"),
+    [
+        (Access(owner="12345"), "to user 12345: it takes CAP_CHOWN"),
+        (Access(group="54321"), "to group 54321: it takes that this daemon's user is in it"),
+    ],
+    ids=["owner", "group"],
+)
+def test_an_owner_that_cannot_be_given_is_one_line_and_leaves_nothing(
+    access: Access, why: str, folder: Path
+) -> None:
+    folder.chmod(0o777)
+    said = as_nobody(lambda: Endpoints(guest(folder / "s", access=access)).close())
+    assert said.startswith(f"ConfigError: cannot give socket {folder}/s {why}")
+    assert os.listdir(folder) == []
+
+
+@needs_root
+def test_a_group_of_one_s_own_needs_no_privilege(folder: Path) -> None:
+    folder.chmod(0o777)
+    wanted = guest(folder / "s", access=Access(0o660, group="54321"))
+
+    def action() -> None:
+        with closing(Endpoints(wanted)):
+            assert owned(folder / "s") == (0o660, 65534, 54321)
+
+    assert as_nobody(action, groups=[54321]) == ""
+
+
+@pytest.mark.parametrize("access", [Access(owner="no-such"), Access(group="no-such")])
+def test_an_owner_that_there_is_not_leaves_nothing(access: Access, folder: Path) -> None:
+    with refused("there is no (user|group) 'no-such' on this machine"):
+        Endpoints(guest(folder / "s", access=access))
+    assert os.listdir(folder) == []
+
+
+def test_a_user_to_let_in_that_there_is_not_is_refused(folder: Path) -> None:
+    with refused("there is no user 'no-such' on this machine"):
+        Endpoints(guest(folder / "s", access=Access(allow=("no-such",))))
+    assert os.listdir(folder) == []
+
+
+@needs_root
+@pytest.mark.parametrize(
+    ("moment", "other"),
+    [
+        *product(["before", "after"], ["link", "stranger's socket", "file"]),
+        ("after", "socket"),  # before it, one of this user's is as good
+    ],
+)
+def test_what_took_the_place_of_a_socket_is_not_given_away(
+    moment: str, other: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever may write to the folder exchanges it around the look at what bind made."""
+    victim = folder / "victim"
+    if other == "file":
+        victim.touch()
+    else:
+        leave_stale(victim)
+    if other == "stranger's socket":
+        os.chown(victim, 65534, 65534)
+    before = owned(victim)
+    lstat = os.lstat
+
+    def swap() -> None:
+        (folder / "s").unlink()
+        if other == "link":
+            (folder / "s").symlink_to(victim)
+        else:
+            victim.rename(folder / "s")
+
+    def look(path: str) -> os.stat_result:
+        if not (folder / "s").exists():
+            return lstat(path)  # the look for a stale one
+        monkeypatch.setattr(os, "lstat", lstat)
+        if moment == "before":
+            swap()
+        status = lstat(path)
+        if moment == "after":
+            swap()
+        return status
+
+    monkeypatch.setattr(os, "lstat", look)
+    with refused("s: something else took its place"):
+        Endpoints(guest(folder / "s", access=Access(0o666, "12345")))
+    if (folder / "s").exists():
+        assert owned(folder / "s") == before
+
+
+def test_each_listener_has_a_door_of_its_own(folder: Path) -> None:
+    access = Access(allow=(str(os.geteuid() + 1),))
+    with closing(Endpoints(guest(folder / "s", Unix(str(folder / "d")), access=access))) as made:
+        for door in (made.door, made.ports[0].door):
+            ours, theirs = socket.socketpair()
+            with theirs:
+                assert not door.admit(ours)
+                assert ours.fileno() == -1
+            assert door.refused == 1
+
+
+# Listeners that were made before
+
+
+def listening(path: Path | None, port: int = 0) -> int:
+    """Return a listener as a service manager makes them: blocking, and inherited."""
+    made = socket.socket(socket.AF_UNIX if path else socket.AF_INET)
+    made.bind(str(path) if path else ("127.0.0.1", port))
+    made.listen()
+    made.set_inheritable(True)
+    return made.detach()
+
+
+def test_listeners_of_the_same_address_are_taken_over(folder: Path, ports: Ports) -> None:
+    port = ports()
+    fds = [listening(None, port), listening(folder / "s")]
+    pool = Inherited([("data", fds[0]), ("frontend", fds[1])])
+    with closing(Endpoints(guest(folder / "s", Network("127.0.0.1", port)), pool)) as made:
+        assert [made.ports[0].fd, made.frontend] == fds
+        for fd in fds:
+            assert (os.get_blocking(fd), os.get_inheritable(fd)) == (False, False)
+    pool.close()
+
+
+def test_a_path_is_the_same_however_it_is_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    fd = listening(folder / "s")
+    with closing(Endpoints(guest(Path("./s")), Inherited([("x", fd)]))) as made:
+        assert made.frontend == fd
+
+
+def test_somebody_else_s_socket_stays_at_the_end(folder: Path) -> None:
+    fd = listening(folder / "s")
+    Endpoints(guest(folder / "s", access=Access(0o666)), Inherited([("x", fd)])).close()
+    assert stat.S_ISSOCK((folder / "s").stat().st_mode)
+
+
+def test_somebody_else_s_socket_keeps_its_mode(folder: Path) -> None:
+    fd = listening(folder / "s")
+    (folder / "s").chmod(0o640)
+    with closing(Endpoints(guest(folder / "s", access=Access(0o666)), Inherited([("x", fd)]))):
+        assert owned(folder / "s")[0] == 0o640
+
+
+def test_what_nobody_takes_is_closed_and_named(
+    folder: Path, ports: Ports, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = ports()
+    pool = Inherited([("one", listening(folder / "s")), ("two", listening(None, port))])
+    before = os.listdir("/proc/self/fd")
+    pool.close()
+    pool.close()
+    assert len(os.listdir("/proc/self/fd")) == len(before) - 2
+    assert sorted(caplog.messages) == [
+        f"inherited socket one, at {folder}/s, is no guest's: closed",
+        f"inherited socket two, at 127.0.0.1:{port}, is no guest's: closed",
+    ]
+
+
+def test_what_is_no_listener_is_left_to_the_caller(folder: Path) -> None:
+    ours, theirs = socket.socketpair()
+    datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with ours, theirs, datagrams, open(folder / "f", "w") as file:
+        given = [("a", ours.fileno()), ("b", file.fileno()), ("c", datagrams.fileno())]
+        pool = Inherited(given)
+        pool.close()
+        assert pool.others == given
+
+
+# Going on as another program
+
+
+def test_what_is_kept_is_adopted_and_removed_at_the_end(folder: Path, ports: Ports) -> None:
+    wanted = Guest(
+        name="g",
+        ports=(
+            Port(id=0, name="a", backend=Network("127.0.0.1", ports())),
+            Port(id=1, name="b", backend=Unix(str(folder / "d"))),
+            Port(id=2, name="c", backend=Pty(str(folder / "link"))),
+        ),
+        max_ports=3,
+        socket_path=str(folder / "s"),
+    )
+    first = Endpoints(wanted)
+    fds = [first.frontend, *(one.fd for one in first.ports.values())]
+    with closing(connect(folder / "s")), closing(connect(folder / "d")):
+        kept = msgspec.msgpack.decode(msgspec.msgpack.encode(first.keep()), type=KeptEndpoints)
+        first.close()
+        second = Endpoints(wanted, adopted=kept)
+        assert [second.frontend, *(one.fd for one in second.ports.values())] == fds
+        assert second.ports[2].name == first.ports[2].name
+        for fd in (second.frontend, second.ports[1].fd):
+            assert fd is not None
+            with socket.socket(fileno=os.dup(fd)) as listener:
+                listener.accept()[0].close()  # who came in between is not lost
+    second.close()
+    assert os.listdir(folder) == []
+
+
+def test_what_was_inherited_stays_at_the_end_of_whoever_adopts_it(folder: Path) -> None:
+    wanted = guest(folder / "s")
+    kept = Endpoints(wanted, Inherited([("x", listening(folder / "s"))])).keep()
+    Endpoints(wanted, adopted=kept).close()
+    assert (folder / "s").exists()
+
+
+def test_an_inherited_connection_can_be_adopted() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        wanted = guest(None, fd=ours.detach())
+        with closing(Endpoints(wanted, adopted=Endpoints(wanted).keep())) as made:
+            assert made.frontend == wanted.fd
+
+
+def test_another_mode_holds_for_what_is_adopted(folder: Path) -> None:
+    kept = Endpoints(guest(folder / "s")).keep()
+    with closing(Endpoints(guest(folder / "s", access=Access(0o660)), adopted=kept)):
+        assert owned(folder / "s")[0] == 0o660
+
+
+@pytest.mark.parametrize(
+    "backend", [Unix("elsewhere"), Network("127.0.0.1", 1), Pty("other"), Pty(None), Nested()]
+)
+@pytest.mark.parametrize("before", [Unix("d"), Pty("d")], ids=["unix", "pty"])
+def test_what_does_not_fit_any_more_is_let_go(
+    before: Backend, backend: Backend, folder: Path, ports: Ports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    if isinstance(backend, Network):
+        backend = Network("127.0.0.1", ports())
+    kept = Endpoint(Port(id=0, name="p", backend=before)).keep()
+    with closing(Endpoint(Port(id=0, name="p", backend=backend), adopted=kept)):
+        assert not (folder / "d").exists()
+
+
+def test_a_port_that_its_guest_has_no_more_is_let_go(folder: Path) -> None:
+    kept = Endpoints(guest(folder / "s", Unix(str(folder / "d")))).keep()
+    assert kept is not None
+    kept = KeptEndpoints(kept.frontend, {5: kept.ports[0]})
+    with closing(Endpoints(guest(folder / "s"), adopted=kept)):
+        assert os.listdir(folder) == ["s"]
+
+
+def test_a_socket_whose_file_is_gone_is_made_anew(folder: Path) -> None:
+    kept = Endpoints(guest(folder / "s")).keep()
+    (folder / "s").unlink()
+    with closing(Endpoints(guest(folder / "s"), adopted=kept)):
+        connect(folder / "s").close()
+
+
+def test_what_was_kept_can_be_let_go(folder: Path) -> None:
+    kept = Endpoint(Port(id=0, name="p", backend=Unix(str(folder / "d")))).keep()
+    assert isinstance(kept, Kept)
+    kept.release()
+    assert os.listdir(folder) == []
+
+
+# TLS
+
+
+def test_who_comes_to_a_port_with_tls_is_not_the_port_s(folder: Path, ports: Ports) -> None:
+    network = Network("127.0.0.1", ports(), Tls("c", "k"))
+    with closing(Endpoints(guest(folder / "s", network))) as made:
+        endpoint = made.ports[0]
+        assert endpoint.fd is None
+        assert endpoint.name == f"tls://127.0.0.1:{network.port}"
+        assert endpoint.tls_listener is not None
+        with (
+            socket.socket(fileno=os.dup(endpoint.tls_listener)) as listener,
+            socket.create_connection(("127.0.0.1", network.port)),
+        ):
+            listener.accept()[0].close()
+
+
+def test_a_listener_with_tls_is_adopted_as_one_without(folder: Path, ports: Ports) -> None:
+    port = ports()
+    kept = Endpoints(guest(folder / "s", Network("127.0.0.1", port))).keep()
+    wanted = guest(folder / "s", Network("127.0.0.1", port, Tls("c", "k")))
+    with closing(Endpoints(wanted, adopted=kept)) as made:
+        assert kept is not None
+        assert (made.ports[0].fd, made.ports[0].tls_listener) == (None, kept.ports[0].fd)

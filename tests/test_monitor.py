@@ -503,3 +503,30 @@ def test_a_daemon_that_hangs_is_one_line(folder: Path, monkeypatch: pytest.Monke
         listen_unix(undo, str(folder / "s"))
         with pytest.raises(ConsoleError, match="does not answer"):
             monitor.ask(str(folder / "s"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become someone else")
+def test_a_process_of_another_user_is_hung_up_on(
+    desk: Desk, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder.chmod(0o755)
+    os.chmod(desk.path, 0o666)
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setresuid(65534, 65534, 65534)
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(desk.path)
+                client.sendall(REQUEST)
+                status = len(client.recv(1))
+        except ConnectionError:
+            status = 0
+        finally:
+            os._exit(status)
+    desk.wait()
+    assert os.waitpid(pid, 0) == (pid, 0)
+    assert (desk.requests, desk.watched()) == ([], 1)
+    assert caplog.messages == [
+        f"a command was refused: process {pid} of user 65534 may not connect"
+    ]
