@@ -161,7 +161,7 @@ class _Words(click.Choice):  # type: ignore[type-arg,unused-ignore]  # generic s
     "--max-clients",
     type=int,
     metavar="N",
-    default=config.MAX_CLIENTS,
+    default=config.MOST_CLIENTS,
     show_default=True,
     help="How many clients a port may have at once.",
 )

@@ -49,9 +49,8 @@ TCP_PORT = 12345
 
 LOCALHOST = "127.0.0.1"
 
-#: Clients of a port at once, unless `max-clients` says otherwise, and what that can be set to.
-MAX_CLIENTS = 256
-MOST_CLIENTS = 4096
+#: Clients of a port at once, unless `max-clients` says fewer: a ledger has room for so many.
+MOST_CLIENTS = 256
 
 #: The mode of every socket's file unless `socket-mode` says otherwise: its owner's alone.
 SOCKET_MODE = 0o600
@@ -170,7 +169,7 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
     output_bytes: int = OUTPUT_BYTES
     input_bytes: int = INPUT_BYTES
     stall_ms: int = STALL_MS
-    max_clients: int = MAX_CLIENTS
+    max_clients: int = MOST_CLIENTS
     access: Access = Access()
     log: Log | None = None
 
@@ -500,7 +499,7 @@ def _port(table: PortTable, port_id: int, where: str, access: Access, tls: Tls |
         raise ConfigError(
             f"{where}: stall-ms must be from 0 to {LONGEST_STALL_MS}, not {table.stall_ms}"
         )
-    clients = MAX_CLIENTS if table.max_clients is None else table.max_clients
+    clients = MOST_CLIENTS if table.max_clients is None else table.max_clients
     if not 1 <= clients <= MOST_CLIENTS:
         raise ConfigError(f"{where}: max-clients must be from 1 to {MOST_CLIENTS}, not {clients}")
     return Port(
@@ -693,7 +692,7 @@ def from_options(
     inband: bool = False,
     packed: bool = False,
     cpus: str | None = None,
-    max_clients: int = MAX_CLIENTS,
+    max_clients: int = MOST_CLIENTS,
     socket_mode: str | None = None,
     socket_owner: str | None = None,
     socket_group: str | None = None,

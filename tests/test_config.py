@@ -613,7 +613,7 @@ backend = "pty"
         (ONE.replace('"/a"', '"/a"\nsocket-mode = "rw"'), "guest 1: socket-mode is 'rw', not an"),
         (ONE.replace('"/a"', '"/a"\nallow-uids = " "'), "guest 1: allow-uids is empty: name some"),
         (ONE.replace('"/a"', '"/a"\nallow-uids = 5'), "guest 1: allow-uids is 5, not a text"),
-        (ONE + "max-clients = 4097", "port 1: max-clients must be from 1 to 4096, not 4097"),
+        (ONE + "max-clients = 257", "port 1: max-clients must be from 1 to 256, not 257"),
         (ONE + 'tls-cert = "c"', "port 1: tls-cert does not go with backend pty"),
     ],
 )
@@ -720,7 +720,7 @@ def test_a_port_added_later_has_the_daemon_s_tls() -> None:
         ({"socket_group": ""}, "--socket-group is empty: name somebody"),
         ({"backend": BackendKind.PTY, "tcp_host": "::1"}, "--tcp-host goes with --backend network"),
         ({"tcp_host": "localhost"}, "host is 'localhost', not an IP address"),
-        ({"max_clients": 0}, "max-clients must be from 1 to 4096, not 0"),
+        ({"max_clients": 0}, "max-clients must be from 1 to 256, not 0"),
         (
             {"ports": ["name=a,backend=network,tcp-port=1,insecure,tls-cert=c"]},
             "insecure means without TLS: leave out one of the two",
