@@ -85,7 +85,10 @@ class Log:
         if self.generation != newest:
             self._move(newest, files[newest])
         else:
-            self._look()
+            try:
+                self._look()
+            except OSError as error:
+                self._fail(error)
 
     @property
     def limit(self) -> int:

@@ -293,6 +293,28 @@ def test_a_successor_goes_on_on_a_full_disk(scene: Scene) -> None:
     end(log)
 
 
+def test_a_file_that_does_not_tell_its_size_is_one_that_cannot_be_written(scene: Scene) -> None:
+    log = scene.begin()
+    scene.put(10)
+    log.flush()
+    end(log)
+    mine = scene.files[1]
+    scene.files[1], other = os.pipe()  # as one on a network whose server is away
+    try:
+        log = scene.begin()
+        scene.put(10)
+        assert not log.flush()
+        assert log.failing
+        os.dup2(mine, log._fd)  # noqa: SLF001
+        scene.clock.ring()
+        assert scene.text() == STREAM[:20]
+        assert not log.failing
+        end(log)
+    finally:
+        for fd in (mine, other):
+            os.close(fd)
+
+
 def test_who_ends_says_what_could_not_be_written(
     scene: Scene, caplog: pytest.LogCaptureFixture
 ) -> None:
