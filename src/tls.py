@@ -161,7 +161,7 @@ class Gateway:
         self,
         selector: selectors.BaseSelector,
         came: Callable[[str, int, socket.socket], None],
-        settle: Callable[[], None] = lambda: None,
+        settle: Callable[[], object] = lambda: None,
         kept: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._selector = selector
@@ -403,7 +403,7 @@ def _open_files(tls: Tls) -> list[int]:
     return fds
 
 
-def _fork(settle: Callable[[], None]) -> _Process:
+def _fork(settle: Callable[[], object]) -> _Process:
     """Return a new gateway; raises OSError."""
     kind = socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
     ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
@@ -423,7 +423,7 @@ def _fork(settle: Callable[[], None]) -> _Process:
 
 
 def _become_gateway(
-    channel: socket.socket, settle: Callable[[], None], blocked: set[int | signal.Signals]
+    channel: socket.socket, settle: Callable[[], object], blocked: set[int | signal.Signals]
 ) -> None:
     """Turn this forked child into the gateway; never returns."""
     status = _FAULT

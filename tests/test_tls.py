@@ -14,16 +14,17 @@ import struct
 import subprocess
 import sys
 import termios
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
-from vhost_device_console import gateway, tls
+from vhost_device_console import gateway, privileges, tls
 from vhost_device_console.config import Network, Port, Tls
 from vhost_device_console.errors import ConfigError
 from vhost_device_console.tls import Gateway
@@ -62,10 +63,14 @@ def authority(folder: Path) -> Authority:
 class Desk:
     """A master of one port, and whoever came to it."""
 
-    def __init__(self, ports: Ports, kept: list[tuple[int, int]] | None = None):
+    def __init__(self, ports: Ports, kept: Sequence[tuple[int, int]] = ()) -> None:
         self.selector = selectors.DefaultSelector()
         self.came: list[tuple[str, int, socket.socket]] = []
-        self.gateway = Gateway(self.selector, lambda *who: self.came.append(who), kept=kept or [])
+        # As the master has it, so that every test shows that it needs no more.
+        confine = partial(privileges.confine_gateway, True)
+        self.gateway = Gateway(
+            self.selector, lambda *who: self.came.append(who), settle=confine, kept=kept
+        )
         self.listener = socket.create_server(("127.0.0.1", ports()))
         self.listener.setblocking(False)
         self.address = self.listener.getsockname()
