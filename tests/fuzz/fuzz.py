@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import gc
 import os
 import re
 import subprocess
@@ -97,6 +98,7 @@ def one(name: str, folder: str, options: list[str]) -> None:
         old.unlink()
     for at, data in enumerate(corpus(name)):
         (seeds / f"{at:04}").write_bytes(data)
+    gc.freeze()  # a target may collect its garbage each time, and this is none
     atheris.Setup([sys.argv[0], *options, folder, str(seeds)], target.run)
     atheris.Fuzz()
 
