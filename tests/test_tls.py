@@ -29,30 +29,10 @@ from vhost_device_console.config import Network, Port, Tls
 from vhost_device_console.errors import ConfigError
 from vhost_device_console.tls import Gateway
 
+from authority import Authority
 from launch import WITHIN, Ports, until, wait_ended
 
 YESTERDAY = datetime.now(UTC) - timedelta(days=1)
-
-
-class Authority:
-    """Who signs certificates, and what it signed in files of `folder`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.ca = trustme.CA()
-        self.path = folder / f"ca{id(self):x}.pem"
-        self.ca.cert_pem.write_to_path(str(self.path))
-
-    def server(self, path: Path) -> Path:
-        """Write a server's certificate and key into one file."""
-        made = self.ca.issue_cert("127.0.0.1")
-        with open(f"{path}.new", "wb") as file:
-            for pem in (*made.cert_chain_pems, made.private_key_pem):
-                file.write(pem.bytes())
-        os.rename(f"{path}.new", path)
-        return path
-
-    def client(self, **options: Any) -> trustme.LeafCert:
-        return self.ca.issue_cert("alice@example.org", common_name="alice", **options)
 
 
 @pytest.fixture
@@ -146,14 +126,7 @@ def desk(ports: Ports) -> Iterator[Desk]:
 def dial(
     desk: Desk, authority: Authority, cert: trustme.LeafCert | None = None, **options: Any
 ) -> ssl.SSLSocket:
-    """Return a client's connection, which only a clean farewell ends without an error."""
-    context = ssl.create_default_context(cafile=str(authority.path))
-    for name, value in options.items():
-        setattr(context, name, value)
-    if cert is not None:
-        cert.configure_cert(context)
-    sock = socket.create_connection(desk.address, WITHIN)
-    return context.wrap_socket(sock, server_hostname="127.0.0.1", suppress_ragged_eofs=False)
+    return authority.dial(desk.address[1], cert, **options)
 
 
 @contextmanager
