@@ -81,8 +81,7 @@ class PackedQueue(ChainReader):
             start = _WRAP
         if start & _ENTRY >= size:
             raise RefusedError(f"a packed ring of {size} entries cannot go on at {base:#x}")
-        self._begin(start, start)
-        self._show([] if resume is None else resume.pushes)
+        self._go_on(start, resume)
 
     def _begin(self, next_: int, used: int) -> None:
         """Go on at these places, each an entry and in bit 15 its wrap counter."""
@@ -92,16 +91,18 @@ class PackedQueue(ChainReader):
         self._used_lap = _LAP if used & _WRAP else 0  # a used entry's flags there
         self._pushed = 0  # so many of `_heads` and `_lengths` are not published
 
-    def _show(self, pushes: list[tuple[int, int]]) -> None:
-        """Let the guest see what a predecessor pushed here, unless it does; go on after that."""
-        for at, (head, written) in enumerate(pushes):
-            self._heads[at], self._lengths[at] = head, written
-        self._pushed = len(pushes)
-        end = self._end()
-        if PackedQueue.ready(self):  # as the first of them was when it was popped
-            PackedQueue._expose(self)
-        self._begin(end, end)
-        self._record(end, 0)
+    def _go_on(self, place: int, resume: Pending | None) -> None:
+        """Begin there, after what a predecessor pushed, which the guest sees from now on."""
+        self._begin(place, place)
+        if resume is not None:
+            for at, (head, written) in enumerate(resume.pushes):
+                self._heads[at], self._lengths[at] = head, written
+            self._pushed = len(resume.pushes)
+            place = self._end()
+            if PackedQueue.ready(self):  # the first of them is still as it was when it was popped
+                self._expose()
+            self._begin(place, place)
+        self._record(place, 0)
 
     def _end(self) -> int:
         """Return the place after what was pushed."""
@@ -249,7 +250,7 @@ class PackedQueue(ChainReader):
         """Return what was pushed and is not visible yet."""
         heads, lengths = self._heads[: self._pushed], self._lengths[: self._pushed]
         pushes = [*zip(heads, lengths, strict=True)]
-        return Pending(self.index & _INDEX, self._pushed, pushes)
+        return Pending(self.index >> 16, self._pushed, pushes)
 
     def _expose(self) -> None:
         if not self._pushed:
@@ -276,7 +277,8 @@ class PackedQueue(ChainReader):
         if WEAKLY_ORDERED:  # 2.8.12: the guest looks at the others once it saw the first
             fence.full()
         desc[2 * self._used + 1] = first
-        self._record(at | lap & _WRAP, 0)  # from here on the pushes can be overwritten
+        # From here on the pushes can be overwritten.
+        self._word[0] = self._word[0] & ~_LOW32 | (at | lap & _WRAP) << 16
         if self._log_used is not None:
             self._mark_used()
         self._pushed = 0

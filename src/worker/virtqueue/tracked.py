@@ -6,6 +6,7 @@ from collections import deque
 from typing import Any
 
 from ...errors import RefusedError
+from ...ledger import Pending
 from .chain import Chain
 from .inflight import PackedState, SplitState
 from .log import DirtyLog
@@ -88,25 +89,35 @@ class TrackedPackedQueue(PackedQueue):
     """A packed ring whose chains in flight are in `state`; the rest is as in `PackedQueue`."""
 
     def __init__(self, *place: Any, state: PackedState, **options: Any) -> None:
-        super().__init__(*place, **options)
-        _check(self.size, state)
-        self._in_batches = False  # each one is kept in the area
+        _check(place[1], state)
         self._state = state
-        self._inline = 0  # every chain's descriptors are kept: `_walk` sees them all
-        start = super().index & _INDEX
-        used, chains = state.recover(start, self._desc, self.size)
-        self._again = deque(chains)  # in flight in a predecessor, still to be popped
-        at, wrap = used & ~_WRAP, used & _WRAP
-        at += sum(len(descriptors) for _, descriptors in chains)
-        if at >= self.size:
-            at, wrap = at - self.size, wrap ^ _WRAP
-        self._begin(at | wrap, used)
-        self._record(used, 0)
-        self._open: deque[int] = deque()  # keys of what is popped and not pushed
         self._batch: list[int] = []
+        super().__init__(*place, **options)
+        self._in_batches = False  # each one is kept in the area
+        self._inline = 0  # every chain's descriptors are kept: `_walk` sees them all
+        self._open: deque[int] = deque()  # keys of what is popped and not pushed
         # Keys of what was popped since the last push, each with what `_again` had, if it had it.
         self._taken: list[tuple[int, tuple[int, list[tuple[int, int]]] | None]] = []
         self._walked: list[tuple[int, int]] = []
+
+    def _go_on(self, place: int, resume: Pending | None) -> None:
+        """Begin where the area says; see `PackedQueue._go_on`."""
+        used, chains = self._state.recover(place, self._desc, self.size)
+        if resume is None:
+            place = used
+        elif used == place:  # what was pushed is still in flight
+            self._batch = [key for key, _ in chains[: resume.pushed]]
+            del chains[: resume.pushed]
+        super()._go_on(place, resume)
+        place = super().index & _INDEX
+        self._state.completed(self._batch, place)
+        self._batch = []
+        self._again = deque(chains)  # in flight in a predecessor, still to be popped
+        at = (place & ~_WRAP) + sum(len(descriptors) for _, descriptors in chains)
+        wrap = place & _WRAP
+        if at >= self.size:
+            at, wrap = at - self.size, wrap ^ _WRAP
+        self._begin(at | wrap, place)
 
     @property
     def index(self) -> int:
@@ -161,7 +172,7 @@ class TrackedPackedQueue(PackedQueue):
         super().push(head, written)
 
     def _expose(self) -> None:
-        if not self._batch:
+        if not self._pushed:
             return
         place = self._end()
         self._state.completing(self._batch, place)
