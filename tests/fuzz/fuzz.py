@@ -19,6 +19,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from types import CodeType, FrameType
@@ -104,29 +105,32 @@ def one(name: str, folder: str, options: list[str]) -> None:
 
 
 class Reached:
-    """Counts which steps from line to line an input makes that none before it made."""
+    """Counts which steps from line to line an input makes that none before it made as often."""
 
     def __init__(self) -> None:
-        self._known: set[tuple[CodeType, int, int]] = set()
+        self._known: set[tuple[CodeType, int, int, int]] = set()
+        self._steps: Counter[tuple[CodeType, int, int]] = Counter()
 
     def adds(self, name: str, data: bytes) -> int:
         before = len(self._known)
+        self._steps.clear()
         sys.settrace(self._enter)
         try:
             targets.load(name).run(data)
         finally:
             sys.settrace(None)
+        self._known.update((*step, count.bit_length()) for step, count in self._steps.items())
         return len(self._known) - before
 
     def _enter(self, frame: FrameType, _event: str, _: object) -> Any:
-        if "vhost_device_console" not in frame.f_globals["__name__"]:
+        if "vhost_device_console" not in frame.f_globals.get("__name__", ""):
             return None
         code, last = frame.f_code, 0
-        known = self._known
+        steps = self._steps
 
-        def line(frame: FrameType, event: str, _: object) -> Any:
+        def line(frame: FrameType, _event: str, _: object) -> Any:
             nonlocal last
-            known.add((code, last, frame.f_lineno if event != "return" else -1))
+            steps[code, last, frame.f_lineno] += 1
             last = frame.f_lineno
             return line
 

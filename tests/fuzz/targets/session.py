@@ -83,7 +83,7 @@ class Model:
         return None
 
 
-def payload(request: int, source: Source) -> bytes:
+def make_payload(request: int, source: Source) -> bytes:
     """Return a payload of the right shape, with numbers that are often worth a try."""
     if request in _STATES:
         return wire.VringState(source.pick(RINGS), source.pick(NUMBERS)).encode()
@@ -136,7 +136,7 @@ def run(data: bytes) -> None:
             payload = source.take(source.byte())
         else:
             request = REQUESTS[chosen % len(REQUESTS)]
-            payload = payload(request, source)
+            payload = make_payload(request, source)
         how = source.byte()
         fds = [*range(100, 100 + (how & 3))]
         if request == Request.SET_MEM_TABLE and not how & 4 and len(payload) >= 4:

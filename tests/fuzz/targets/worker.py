@@ -28,8 +28,7 @@ from vhost_device_console.worker.vhost_user import message as wire
 from vhost_device_console.worker.vhost_user import session as fx
 from vhost_device_console.worker.vhost_user.message import Request
 
-from targets.session import NUMBERS, REQUESTS
-from targets.session import payload as any_payload
+from targets.session import NUMBERS, REQUESTS, make_payload
 
 _GUEST = config.from_toml(
     b"""
@@ -410,7 +409,7 @@ def _message(master: Master, source: Source) -> None:
         case _ if how & 0x80:
             request, payload = source.byte(), source.take(source.byte())
         case _:
-            payload = any_payload(request, source)
+            payload = make_payload(request, source)
     master.say(request, payload, fds, how & 0x3F)
 
 
