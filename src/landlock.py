@@ -10,6 +10,8 @@ import errno
 import os
 from collections.abc import Callable
 
+from .kernel import system_call
+
 # The numbers are the same on every machine (asm-generic/unistd.h).
 _CREATE_RULESET = 444
 _RESTRICT_SELF = 446
@@ -21,23 +23,11 @@ _FILES = {1: (1 << 13) - 1, 2: 1 << 13, 3: 1 << 14, 5: 1 << 15}
 _TCP = {4: 0b11}  # bind, connect
 _SCOPES = {6: 0b11}  # abstract unix sockets, signals
 
-
-class _Ruleset(ctypes.Structure):
-    """struct landlock_ruleset_attr; an older kernel takes it while what it does not know is 0."""
-
-    _fields_ = [(name, ctypes.c_uint64) for name in ("files", "tcp", "scopes")]
+#: struct landlock_ruleset_attr, of which an older kernel takes what it does not know if it is 0.
+_rules = (ctypes.c_uint64 * 3)()
 
 
 Call = Callable[..., int]
-
-
-def system_call(number: int, *arguments: object) -> int:
-    """Return what the system call does; raises OSError."""
-    result: int = ctypes.CDLL(None, use_errno=True).syscall(number, *arguments)
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
-    return result
 
 
 def _known(rights: dict[int, int], abi: int) -> int:
@@ -51,13 +41,12 @@ def restrict_self(call: Call = system_call, *, network: bool = False) -> int:
     no Landlock (before 5.13, or built without) or was started without it.
     """
     try:
-        abi = call(_CREATE_RULESET, None, ctypes.c_size_t(0), _VERSION)
+        abi = call(_CREATE_RULESET, 0, 0, _VERSION)
         tcp = 0 if network else _known(_TCP, abi)
-        rules = _Ruleset(_known(_FILES, abi), tcp, _known(_SCOPES, abi))
-        size = ctypes.c_size_t(ctypes.sizeof(rules))
-        ruleset = call(_CREATE_RULESET, ctypes.byref(rules), size, 0)
+        _rules[:] = [_known(_FILES, abi), tcp, _known(_SCOPES, abi)]
+        ruleset = call(_CREATE_RULESET, ctypes.addressof(_rules), ctypes.sizeof(_rules), 0)
         try:
-            call(_RESTRICT_SELF, ruleset, 0)
+            call(_RESTRICT_SELF, ruleset)
         finally:
             os.close(ruleset)
     except OSError as error:

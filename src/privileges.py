@@ -8,7 +8,6 @@ and removed: `confine_master`. Both are for ever.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import pwd
@@ -22,6 +21,7 @@ from . import landlock, seccomp
 from .admission import group_id, user_id
 from .errors import ConfigError
 from .health import Privileges
+from .kernel import capabilities, prctl, set_capabilities
 
 _log = logging.getLogger(__name__)
 
@@ -31,10 +31,6 @@ MOST_FILES = 16384
 # linux/prctl.h
 _SET_NO_NEW_PRIVS, _GET_NO_NEW_PRIVS = 38, 39
 _BOUNDING_DROP = 24
-
-_LOW = (1 << 32) - 1
-
-_CAPABILITY_VERSION = 0x20080522  # _LINUX_CAPABILITY_VERSION_3, of 64 bits
 
 #: By their numbers (linux/capability.h); others are called by theirs.
 _NAMES = {0: "chown", 1: "dac_override", 10: "net_bind_service"}
@@ -48,59 +44,24 @@ _SHARED = 1 << 1 | 1 << 3 | 1 << 6 | 1 << 8
 
 _UMASK = 0o077
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
-
-class _Header(ctypes.Structure):
-    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
-
-
-class _Sets(ctypes.Structure):
-    """struct __user_cap_data_struct: 32 bits of each set; there are two of them, low bits first."""
-
-    _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]
-
-
-def _call(function: str, *arguments: object) -> int:
-    result: int = getattr(_libc, function)(*arguments)
-    if result < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"{function}: {os.strerror(code)}")
-    return result
-
-
-def _prctl(*arguments: int) -> int:
-    return _call("prctl", *map(ctypes.c_ulong, (*arguments, *[0] * (5 - len(arguments)))))
-
-
-def _capabilities() -> tuple[int, int, int]:
-    """Return the effective, permitted and inheritable capabilities of this thread, bit by bit."""
-    sets = (_Sets * 2)()
-    _call("capget", ctypes.byref(_Header(_CAPABILITY_VERSION, 0)), sets)
-    low, high = sets
-    return (
-        low.effective | high.effective << 32,
-        low.permitted | high.permitted << 32,
-        low.inheritable | high.inheritable << 32,
-    )
-
 
 def _keep_capabilities(wanted: int) -> None:
     """Give up every capability but those of `wanted` that this process has."""
-    _, permitted, inheritable = _capabilities()
+    _, permitted, inheritable = before = capabilities()
     kept = wanted & permitted
+    after = kept, kept, kept & inheritable
+    if after != before:
+        set_capabilities(*after)
+
+
+def _bound_capabilities(wanted: int) -> None:
+    """Have no program that replaces this one be given others than `wanted`."""
     for number in range(64):
-        if not kept >> number & 1:
+        if not wanted >> number & 1:
             try:
-                _prctl(_BOUNDING_DROP, number)
+                prctl(_BOUNDING_DROP, number)
             except OSError:  # no more are known, or not ours to drop, and then no_new_privs does
-                break
-    sets = (_Sets * 2)()
-    # An ambient one goes with its inheritable one.
-    for half, shift in enumerate((0, 32)):
-        sets[half].effective = sets[half].permitted = kept >> shift & _LOW
-        sets[half].inheritable = (inheritable & kept) >> shift & _LOW
-    _call("capset", ctypes.byref(_Header(_CAPABILITY_VERSION, 0)), sets)
+                return
 
 
 class User(NamedTuple):
@@ -155,8 +116,9 @@ def confine_master(user: str | None) -> None:
         _become(look_up(user))
     elif os.geteuid() == 0:
         _log.warning("it runs as root, where another user would do: name one with --user")
+    _bound_capabilities(_MASTERS)
     _keep_capabilities(_MASTERS)
-    _prctl(_SET_NO_NEW_PRIVS, 1)
+    prctl(_SET_NO_NEW_PRIVS, 1)
     prepare()
 
 
@@ -165,7 +127,7 @@ def prepare() -> None:
     """Load what a confined process could not, here or for all that are forked from here."""
     _user_name()
     with suppress(OSError):
-        seccomp.library()
+        seccomp.prepare(False)
     try:
         raise ConfigError("")
     except ConfigError:
@@ -203,10 +165,10 @@ def _confine(sandbox: bool, most_files: int | None, *, network: bool) -> Privile
     if not all(_limit(kind, most) for kind, most in limits.items()):
         missing.append("no limits: it may not set them")
     _keep_capabilities(0)
-    _prctl(_SET_NO_NEW_PRIVS, 1)
+    prctl(_SET_NO_NEW_PRIVS, 1)
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    no_new_privileges = bool(_prctl(_GET_NO_NEW_PRIVS))
-    capabilities = _names(_capabilities()[0])
+    no_new_privileges = bool(prctl(_GET_NO_NEW_PRIVS))
+    left, *_ = capabilities()
     abi, filtered = 0, False
     if not sandbox:
         missing.append("no sandbox: it was switched off")
@@ -222,7 +184,7 @@ def _confine(sandbox: bool, most_files: int | None, *, network: bool) -> Privile
             missing.append(f"no seccomp: {error.strerror}")
     return Privileges(
         user=_user_name(),
-        capabilities=capabilities,
+        capabilities=_names(left),
         no_new_privileges=no_new_privileges,
         landlock=abi,
         seccomp=filtered,
@@ -234,10 +196,13 @@ def _confine(sandbox: bool, most_files: int | None, *, network: bool) -> Privile
 def _keep_guests_from_cores() -> None:
     """Leave shared memory out of cores: what they are piped to need not heed their limit."""
     # Where it cannot be opened, after a change of user, the kernel makes no core at all.
-    with suppress(OSError), open("/proc/self/coredump_filter", "r+") as kinds:
-        kept = int(kinds.read(), 16) & ~_SHARED
-        kinds.seek(0)
-        kinds.write(f"{kept:#x}")
+    with suppress(OSError):
+        kinds = os.open("/proc/self/coredump_filter", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            kept = int(os.read(kinds, 64), 16) & ~_SHARED
+            os.write(kinds, b"%#x" % kept)
+        finally:
+            os.close(kinds)
 
 
 def _limit(kind: int, most: int) -> bool:
@@ -252,5 +217,5 @@ def _limit(kind: int, most: int) -> bool:
     return True
 
 
-def _names(capabilities: int) -> list[str]:
-    return [_NAMES.get(n, str(n)) for n in range(64) if capabilities >> n & 1]
+def _names(bits: int) -> list[str]:
+    return [_NAMES.get(n, str(n)) for n in range(bits.bit_length()) if bits >> n & 1]

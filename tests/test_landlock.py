@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 from vhost_device_console import landlock
+from vhost_device_console.kernel import prctl, system_call
 
 from confined import in_child, loopback
 
 
 def _abi() -> int:
     try:
-        return landlock.system_call(444, None, ctypes.c_size_t(0), 1)
+        return system_call(444, 0, 0, 1)
     except OSError:
         return 0
 
@@ -32,7 +33,7 @@ def restricted(work: Callable[[], Any], *, network: bool = False) -> Any:
     """Return what `work` returns in a process that gave up all that it can."""
 
     def child() -> Any:
-        ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)
+        prctl(38, 1)
         landlock.restrict_self(network=network)
         return work()
 
@@ -120,9 +121,7 @@ def test_nobody_outside_can_be_signalled() -> None:
 
 @needs[1]
 def test_the_version_in_force_is_told() -> None:
-    assert in_child(
-        lambda: ctypes.CDLL(None).prctl(38, 1, 0, 0, 0) or landlock.restrict_self()
-    ) == (ABI)
+    assert in_child(lambda: prctl(38, 1) or landlock.restrict_self()) == (ABI)
 
 
 class _Kernel:
@@ -140,8 +139,7 @@ class _Kernel:
         rules, size, flags = arguments
         if flags:
             return self.abi
-        words = ctypes.cast(rules, ctypes.POINTER(ctypes.c_uint64))
-        self.rules = words[: size.value // 8]
+        self.rules = [*(ctypes.c_uint64 * (size // 8)).from_address(rules)]
         return os.open(os.devnull, os.O_RDONLY)
 
 

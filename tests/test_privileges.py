@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import logging
 import os
@@ -19,6 +18,7 @@ import pytest
 from vhost_device_console import landlock, privileges, seccomp
 from vhost_device_console.errors import ConfigError
 from vhost_device_console.health import Privileges
+from vhost_device_console.kernel import prctl
 
 from confined import in_child, loopback, status
 
@@ -41,7 +41,7 @@ FULL = Privileges(
 
 def _works(restrict: Callable[[], object]) -> bool:
     def child() -> bool:
-        ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)
+        prctl(38, 1)
         restrict()
         return True
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from vhost_device_console import seccomp
+from vhost_device_console.kernel import prctl
 
 from confined import Died, in_child, loopback
 
@@ -41,6 +42,7 @@ def restricted(library: ctypes.CDLL) -> Callable[..., Any]:
     def run(work: Callable[[], Any], *, network: bool = False) -> Any:
         def child() -> Any:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # some are killed
+            prctl(38, 1)
             seccomp.restrict_self(network=network)
             return work()
 
@@ -220,12 +222,14 @@ def test_calls_that_the_library_does_not_know_yet_are_passed_over(
 ) -> None:
     allowed = seccomp._ALLOWED  # noqa: SLF001
     monkeypatch.setattr(seccomp, "_ALLOWED", f"{allowed} call_of_the_future")
+    seccomp.prepare.cache_clear()
     assert restricted(_wait) == b"ok"
 
 
 def test_a_machine_without_the_library_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seccomp, "_LIBRARY", "libthereisnone.so.2")
     seccomp.library.cache_clear()
+    seccomp.prepare.cache_clear()
     try:
         with pytest.raises(OSError, match=r"libthereisnone.so.2 is not installed"):
             seccomp.restrict_self()
@@ -233,14 +237,30 @@ def test_a_machine_without_the_library_says_so(monkeypatch: pytest.MonkeyPatch) 
         seccomp.library.cache_clear()
 
 
+def test_a_kernel_that_takes_no_filter_says_so(library: ctypes.CDLL) -> None:
+    assert library
+
+    def child() -> None:  # who has not given up new privileges may not restrict what gives them
+        if os.geteuid() == 0:
+            os.setresuid(65534, 65534, 65534)
+        seccomp.restrict_self()
+
+    assert in_child(child).errno == errno.EACCES
+
+
 class _Refusing:
-    """A library whose kernel takes no filter."""
+    """A library that writes no filter."""
 
     def __getattr__(self, name: str) -> Callable[..., int]:
-        return lambda *_: -errno.EINVAL if name == "seccomp_load" else 0
+        return lambda *_: -errno.ENOMEM if name == "seccomp_export_bpf" else 0
 
 
-def test_a_kernel_that_takes_no_filter_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_writes_no_filter_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(seccomp, "library", _Refusing)
-    with pytest.raises(OSError, match="libseccomp: invalid argument"):
+    seccomp.prepare.cache_clear()
+    with pytest.raises(OSError, match="libseccomp: cannot allocate memory"):
         seccomp.restrict_self()
+
+
+def test_what_stands_for_the_own_process_is_no_other_s(restricted: Callable[..., Any]) -> None:
+    assert restricted(lambda: os.kill(seccomp.MYSELF, 0)).errno == errno.EPERM
