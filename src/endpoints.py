@@ -252,6 +252,11 @@ class Endpoints:
         ports = {number: one.kept for number, one in self.ports.items() if one.kept is not None}
         return KeptEndpoints(self._frontend, ports)
 
+    @property
+    def refused(self) -> int:
+        """How many were not let in, at all doors."""
+        return self.door.refused + sum(each.door.refused for each in self.ports.values())
+
     def keep(self) -> KeptEndpoints | None:
         """Give all up as they are, for another program to adopt: `close` does nothing then."""
         kept, self._frontend = self.kept, None
@@ -498,6 +503,7 @@ def _open_pty(link: str | None) -> Kept:
         try:
             # The master side keeps the settings while nobody has the slave open.
             tty.setraw(slave)
+            os.fchmod(slave, SOCKET_MODE)  # the system lets group tty write, which here is typing
             name = os.ttyname(slave)
         finally:
             os.close(slave)

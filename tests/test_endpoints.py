@@ -389,6 +389,10 @@ def test_a_pty_is_raw_for_the_second_client_too(pty: Endpoints) -> None:
         assert flags[0] & (termios.ICRNL | termios.IXON) == 0
 
 
+def test_a_pty_is_its_owner_s_alone(pty: Endpoints) -> None:
+    assert stat.S_IMODE(os.stat(pty.ports[0].name).st_mode) == 0o600
+
+
 def test_a_pty_s_link_leads_to_its_slave(pty: Endpoints, folder: Path) -> None:
     assert os.readlink(folder / "link") == pty.ports[0].name
 
@@ -671,6 +675,7 @@ def test_each_listener_has_a_door_of_its_own(folder: Path) -> None:
                 assert not door.admit(ours)
                 assert ours.fileno() == -1
             assert door.refused == 1
+        assert made.refused == 2
 
 
 # Listeners that were made before
