@@ -6,16 +6,23 @@ copied. Then a successor goes on from each copy, as one of a worker killed there
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import random
+import select
+import subprocess
 import sys
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from vhost_device_console import core, journal
+from killed import typed
+from vhost_device_console import core, journal, ledger
 from vhost_device_console.errors import RefusedError
 from vhost_device_console.journal import Input, Journal, Output
 from vhost_device_console.ledger import MOST_PUSHES, Page, Pending
@@ -81,13 +88,6 @@ class Memory(GuestMemory):
 
     def free(self, addr: int) -> None:
         pass
-
-
-def typed(start: int, end: int) -> bytes:
-    """Return these bytes of an endless input in which no place looks like another nearby."""
-    return b"".join(at.to_bytes(4, "big") for at in range(start // 4, end // 4 + 1))[
-        start % 4 : start % 4 + end - start
-    ]
 
 
 State = list[bytes]
@@ -547,3 +547,98 @@ def test_what_is_pending_is_shown_once_wherever_a_worker_dies(
             deaths += 1
         it.restore(states[-1], known)
     assert deaths > 10
+
+
+# Killed while the guest goes on, and in the middle of whatever a compiled ring does
+
+
+class Killed:
+    """A ring whose workers are killed one after another, and the guest's side of it."""
+
+    def __init__(self, ends: ExitStack, kind: Kind, writable: bool, deaths: int) -> None:
+        features = kind.format | EVENT_IDX | INDIRECT_DESC
+        guest = ends.enter_context(GuestMemory(1 << 20))
+        self.driver = make_driver(guest, 32, features, start=None if kind.format else 0xFFF0)
+        self.writable = writable
+        self.rng = random.Random(3)
+        region, memory = guest.regions()[0]
+        area, area_size = inflight.create(1, self.driver.size, features)
+        self.journal = journal.create("test", 1 << 16, SIZE)
+        book = ledger.create("test")
+        for fd in (area, self.journal, book):
+            ends.callback(os.close, fd)
+        ring = {
+            "size": self.driver.size,
+            "desc": guest.user_addr(self.driver.desc_addr),
+            "avail": guest.user_addr(self.driver.avail_addr),
+            "used": guest.user_addr(self.driver.used_addr),
+            "features": features,
+            "base": self.driver.base,
+        }
+        fds = {"memory": memory, "journal": self.journal, "ledger": book, "area": area}
+        what = {"region": region, "fds": fds, "ring": ring, "writable": writable, "seed": 4}
+        what |= {"area_size": area_size if kind.tracked else 0, "deaths": deaths}
+        self.process = ends.enter_context(
+            subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("killed.py")), json.dumps(what)],
+                pass_fds=[*fds.values()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+        )
+        ends.callback(self.process.kill)
+        self.offered: deque[tuple[Chain, bytes]] = deque()
+        self.reaped = self.got = 0
+
+    def offer(self) -> None:
+        while self.driver.free >= 3:
+            data = [
+                self.rng.randbytes(self.rng.randint(1, 60))
+                for _ in range(self.rng.choice([1, 1, 3]))
+            ]
+            table = self.rng.random() < 0.3
+            if self.writable:
+                chain = self.driver.add((), map(len, data), indirect=table)
+            else:
+                chain = self.driver.add(data, indirect=table)
+            self.offered.append((chain, b"".join(data)))
+        self.driver.publish()
+
+    def reap(self) -> None:
+        for used in self.driver.reap():
+            chain, data = self.offered.popleft()
+            assert used.chain is chain
+            if self.writable:
+                data = typed(self.got, self.got + used.length)
+                assert used.data == data
+            else:
+                assert Journal(self.journal).output.copy(self.got)[: len(data)] == data
+            self.got += len(data)
+            self.reaped += 1
+
+    def said(self) -> bytes:
+        """Return what the workers or their master have said by now."""
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], 0)
+        return self.process.stdout.readline() if ready else b""
+
+
+@KINDS
+@BOTH
+def test_nothing_is_lost_or_doubled_by_workers_killed_at_random(kind: Kind, writable: bool) -> None:
+    with ExitStack() as ends:
+        it = Killed(ends, kind, writable, deaths=60)
+        deadline = time.monotonic() + 90
+        while not (said := it.said()):
+            assert time.monotonic() < deadline
+            it.offer()
+            it.reap()
+        assert said == b"enough\n"
+        while it.driver.in_flight:
+            assert time.monotonic() < deadline
+            it.reap()
+        assert it.reaped > 60
+        rest, _ = it.process.communicate(timeout=20)
+        assert (rest, it.process.returncode) == (b"", 0)
+        kept = Journal(it.journal)
+        assert it.got == (kept.input.tail if writable else kept.output.head)
