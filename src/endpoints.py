@@ -272,8 +272,8 @@ class Endpoints:
         if frontend is not None:
             frontend.release()
 
-    def resumable(self) -> bool:
-        """Tell whether a new worker can start over: not on a connection that is under way."""
+    def listening(self) -> bool:
+        """Tell whether one frontend can come after another: not where one is connected already."""
         return _address(self.frontend) is not None
 
 

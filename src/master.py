@@ -14,7 +14,6 @@ import os
 import resource
 import selectors
 import signal
-import socket
 import termios
 import time
 from collections.abc import Callable, Sequence
@@ -23,12 +22,14 @@ from itertools import pairwise
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from . import __version__, journal, monitor, orders, systemd, worker
-from .config import Daemon, Guest, Nested, Port, PortTable, with_port, without_port
+from . import __version__, custody, journal, ledger, monitor, systemd, worker
+from .alarms import Alarms
+from .config import Daemon, Guest, Nested, Port, PortTable, Pty, with_port, without_port
 from .endpoints import Endpoint, Endpoints, listen_unix
 from .errors import ConfigError, ConsoleError
 from .health import Decoder, Health, PortHealth
-from .supervision import Action, Event, State, Supervisor
+from .porter import Line, Porter
+from .supervision import WELL_AFTER, Action, Event, State, Supervisor
 
 if TYPE_CHECKING:
     import psutil
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Run = Callable[[Guest, worker.Inheritance], int]
+
+#: So many workers may fall in a row before their guest's frontend is let go.
+_MOST_CRASHES = 3
 
 #: Exit status of a worker that fell over a mistake of ours (sysexits.h: EX_SOFTWARE).
 _FAULT = 70
@@ -77,18 +81,23 @@ class _Guest:
     """One guest as the master sees it; everything here outlives its workers.
 
     `journals`, `past` (counters of workers that are gone) and `sizes` (given by command) are by the
-    port's id.
+    port's id. `crashes` counts workers in a row that fell by themselves soon after they began.
     """
 
-    def __init__(self, guest: Guest, endpoints: Endpoints, now: float) -> None:
+    def __init__(
+        self, guest: Guest, endpoints: Endpoints, ledger_fd: int, porter: Porter, now: float
+    ) -> None:
         self.guest = guest
         self.endpoints = endpoints
+        self.ledger = ledger_fd
+        self.porter = porter
         self.journals: dict[int, int] = {}
-        self.sizes: dict[int, orders.Resize] = {}
+        self.sizes: dict[int, custody.Resize] = {}
         self.supervisor = Supervisor(now)
+        self.crashes = 0
         self.pid: int | None = None
         self.pipe: int | None = None
-        self.orders: socket.socket | None = None
+        self.line: Line | None = None
         self.heard = False  # the pipe's reports are read
         self.decoder = Decoder()
         self.health = Health()
@@ -114,7 +123,7 @@ class _Guest:
 
     def total(self) -> Health:
         """Return the counters over all workers."""
-        total = Health(frontend=self.health.frontend)
+        total = Health(frontend=self.porter.frontend, refused=self.porter.refused)
         _add_guest(total, self.before)
         _add_guest(total, self.health)
         return total
@@ -151,18 +160,15 @@ class _Guest:
             )
         return statuses
 
-    def tell(self, order: orders.Order, fds: Sequence[int] = ()) -> None:
+    def tell(self, order: custody.Order, fds: Sequence[int] = ()) -> None:
         """Send an order to the worker; raises ConsoleError when there is none or it is stuck."""
-        down = f"{self.guest.name}: its worker is down, see status"
         alive = self.supervisor.state in (State.STARTING, State.RUNNING)
-        if self.orders is None or not alive:
-            raise ConsoleError(down)
+        if self.line is None or not alive:
+            raise ConsoleError(f"{self.guest.name}: its worker is down, see status")
+        if self.line.behind:
+            raise ConsoleError(f"{self.guest.name}: its worker takes no orders")
         try:
-            orders.send(self.orders, order, fds)
-        except BlockingIOError:
-            raise ConsoleError(f"{self.guest.name}: its worker takes no orders") from None
-        except ConnectionError:  # it has just died
-            raise ConsoleError(down) from None
+            self.line.send(order, fds)
         except OSError as error:  # such as too many descriptors on their way (unix(7))
             reason = (error.strerror or str(error)).lower()
             raise ConsoleError(f"{self.guest.name}: its worker cannot be told: {reason}") from error
@@ -188,10 +194,12 @@ class _Guest:
             undo.callback(endpoint.close)
             journal_fd = _create_journal(self.guest, port)
             undo.callback(os.close, journal_fd)
-            files = [journal_fd] if endpoint.fd is None else [journal_fd, endpoint.fd]
-            self.tell(orders.AddPort(port), files)
+            theirs = _theirs(port, endpoint)
+            files = [journal_fd] if theirs is None else [journal_fd, theirs]
+            self.tell(custody.AddPort(port), files)
             undo.pop_all()
         self.guest = more
+        self.open_port(port, endpoint)
         self.endpoints.ports[port.id] = endpoint
         self.journals[port.id] = journal_fd
         self.past[port.id] = _no_health(port)
@@ -200,8 +208,9 @@ class _Guest:
     def remove_port(self, port: Port) -> None:
         """Take a port away for good, with its endpoint and its journal; raises ConsoleError."""
         less = without_port(self.guest, port.id)
-        self.tell(orders.RemovePort(port.id))
+        self.tell(custody.RemovePort(port.id))
         self.guest = less
+        self.porter.close_port(port.id)
         self.endpoints.ports.pop(port.id).close()
         os.close(self.journals.pop(port.id))
         del self.past[port.id]
@@ -215,7 +224,7 @@ class _Guest:
             )
         if bool(columns) != bool(rows):
             raise ConsoleError(f"{columns}x{rows} is no size: nothing fits in it")
-        order = orders.Resize(port.id, columns, rows)
+        order = custody.Resize(port.id, columns, rows)
         self.tell(order)
         if columns:
             self.sizes[port.id] = order
@@ -228,14 +237,27 @@ class _Guest:
             with suppress(ConsoleError):  # it has just begun and cannot be behind
                 self.tell(order)
 
-    def close_journals(self) -> None:
-        """Close every journal."""
+    def open_port(self, port: Port, endpoint: Endpoint) -> None:
+        """Let clients in where the master is to accept them."""
+        if endpoint.fd is not None and _theirs(port, endpoint) is None:
+            self.porter.open_port(port.id, endpoint.fd, endpoint.door)
+
+    def close(self) -> None:
+        """Close the doors and give up what was kept for a worker."""
+        self.porter.close()
         for fd in self.journals.values():
             os.close(fd)
+        self.journals.clear()
+        os.close(self.ledger)
+
+
+def _theirs(port: Port, endpoint: Endpoint) -> int | None:
+    """Return the endpoint's descriptor if it is the worker who looks for clients there."""
+    return endpoint.fd if isinstance(port.backend, Pty) else None
 
 
 class _Birth:
-    """A worker to be forked, and its ways to the master: `heard` and `orders` are our ends.
+    """A worker to be forked, and its ways to the master: `heard` and `line` are our ends.
 
     Raises OSError, with nothing left, when there are no descriptors for them.
     """
@@ -246,7 +268,7 @@ class _Birth:
         self.error: OSError | None = None
         self.heard, self.health = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            self.orders, self.ordered = orders.pair()
+            self.line, self.custody = custody.pair()
         except OSError:
             os.close(self.heard)
             os.close(self.health)
@@ -255,12 +277,12 @@ class _Birth:
     def close_theirs(self) -> None:
         """Close the worker's ends, which only it holds then."""
         os.close(self.health)
-        self.ordered.close()
+        self.custody.close()
 
     def close_ours(self) -> None:
         """Close the ends of a worker that there is not."""
         os.close(self.heard)
-        self.orders.close()
+        self.line.close()
 
 
 def _no_health(port: Port) -> PortHealth:
@@ -307,6 +329,7 @@ class _Master:
         self._signals = _enqueue_signals(undo)
         self._selector = selectors.DefaultSelector()
         undo.callback(self._selector.close)
+        self._alarms = Alarms()
         self._selector.register(self._signals, selectors.EVENT_READ, self._take_signals)
         self._guests = [self._prepare(guest, undo) for guest in daemon.guests]
         self._terminal: _Terminal | None = None
@@ -319,10 +342,16 @@ class _Master:
         _check_cpus(guest)
         endpoints = Endpoints(guest)
         undo.callback(endpoints.close)
-        prepared = _Guest(guest, endpoints, time.monotonic())
-        undo.callback(prepared.close_journals)
+        try:
+            ledger_fd = ledger.create(guest.name)
+        except OSError as error:
+            raise ConfigError(f"{guest.name}: cannot make its ledger: {error.strerror}") from error
+        porter = Porter(guest.name, endpoints, self._selector, self._alarms)
+        prepared = _Guest(guest, endpoints, ledger_fd, porter, time.monotonic())
+        undo.callback(prepared.close)
         for port in guest.ports:
             prepared.journals[port.id] = _create_journal(guest, port)
+            prepared.open_port(port, endpoints.ports[port.id])
         return prepared
 
     def _listen(self, undo: ExitStack) -> monitor.Server | None:
@@ -367,9 +396,12 @@ class _Master:
         deadlines = [
             g.supervisor.deadline for g in self._guests if g.supervisor.deadline is not None
         ]
+        if self._alarms.due is not None:
+            deadlines.append(self._alarms.due)
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _tick(self) -> None:
+        self._alarms.ring()
         now = time.monotonic()
         for guest in self._guests:
             deadline = guest.supervisor.deadline
@@ -392,6 +424,7 @@ class _Master:
             case Action.NOTHING:
                 pass
         if guest.supervisor.state is State.FINISHED and before is not State.FINISHED:
+            guest.porter.close()
             guest.endpoints.close()
 
     def _take_signals(self) -> None:
@@ -451,7 +484,8 @@ class _Master:
         guest.decoder = Decoder()
         guest.pid = birth.pid
         guest.pipe = birth.heard
-        guest.orders = birth.orders
+        guest.line = Line(self._selector, birth.line, lambda: self._listen_to(guest))
+        guest.porter.begin(guest.line)
         guest.repeat_sizes()
         guest.heard = True
         guest.process = None
@@ -476,15 +510,37 @@ class _Master:
         self._selector.unregister(guest.pipe)
         guest.heard = False
 
+    def _listen_to(self, guest: _Guest) -> None:
+        """Take what a worker commits, all of it: what a dead one has sent counts."""
+        line = guest.line
+        try:
+            while line is not None and (received := custody.receive_word(line.sock)) is not None:
+                word, fds = received
+                if isinstance(word, custody.Commit):
+                    guest.porter.committed(word, fds)
+                else:
+                    custody.close(fds)
+        except (OSError, ValueError) as error:
+            if guest.line is not None:
+                guest.line.close()
+                guest.line = None
+                guest.porter.end()
+            if not isinstance(error, ConnectionResetError):
+                _log.error("%s: its worker cannot be followed: %s", guest.guest.name, error)
+                self._signal(guest, signal.SIGKILL)
+
     def _deafen(self, guest: _Guest) -> None:
         if guest.pipe is not None:
             if guest.heard:
                 self._selector.unregister(guest.pipe)
             os.close(guest.pipe)
             guest.pipe = None
-        if guest.orders is not None:
-            guest.orders.close()
-            guest.orders = None
+        if guest.line is not None:
+            self._listen_to(guest)
+        if guest.line is not None:
+            guest.line.close()
+            guest.line = None
+        guest.porter.end()
 
     def _reap(self, guest: _Guest) -> None:
         if guest.pid is None:
@@ -503,14 +559,30 @@ class _Master:
         if code == 0 or guest.supervisor.state is State.STOPPING:
             self._step(guest, Event.DONE)
             return
-        _log.error("%s: its worker died: %s", guest.guest.name, _cause(code))
-        if guest.endpoints.resumable():
-            self._step(guest, Event.DIED)
-        else:
-            # A successor would have half a conversation.
-            _log.error("%s: its connection is lost with it", guest.guest.name)
+        if code != worker.HANDOVER:
+            _log.error("%s: its worker died: %s", guest.guest.name, _cause(code))
+            self._look_into(guest, code)
+        self._step(guest, Event.DIED)
+
+    def _look_into(self, guest: _Guest, code: int) -> None:
+        """Let the frontend go that a worker cannot serve."""
+        if time.monotonic() - guest.supervisor.started > WELL_AFTER:
+            guest.crashes = 0
+        if code != -signal.SIGKILL:  # nobody but we or the system kills
+            guest.crashes += 1
+        if code == -signal.SIGBUS:
+            self._lose(guest, "it shrank its memory")
+        elif guest.crashes >= _MOST_CRASHES:
+            self._lose(guest, f"{guest.crashes} workers fell in a row")
+
+    def _lose(self, guest: _Guest, why: str) -> None:
+        guest.crashes = 0
+        if guest.porter.frontend is None and not guest.porter.snapshot:
+            return
+        _log.error("%s: frontend dropped: %s", guest.guest.name, why)
+        if not guest.porter.listening:
             self._status = 1
-            self._step(guest, Event.DONE)
+        guest.porter.lose()
 
     def _signal(self, guest: _Guest, number: signal.Signals) -> None:
         # A process id stays ours until we reap it.
@@ -685,7 +757,6 @@ def _enqueue_signals(undo: ExitStack) -> int:
 def _become_worker(run: Run, birth: _Birth, blocked: set[int | signal.Signals]) -> None:
     """Turn this forked child into its guest's worker; never returns."""
     guest = birth.guest
-    health, orders_ = birth.health, birth.ordered.fileno()
     status = _FAULT
     try:
         signal.set_wakeup_fd(-1)
@@ -694,19 +765,26 @@ def _become_worker(run: Run, birth: _Birth, blocked: set[int | signal.Signals]) 
         for number in (signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        ends = guest.endpoints
+        porter = guest.porter
         ports = tuple(
-            worker.PortFiles(guest.journals[port.id], ends.ports[port.id].fd)
+            worker.PortFiles(guest.journals[port.id], _theirs(port, guest.endpoints.ports[port.id]))
             for port in guest.guest.ports
         )
         heirlooms = worker.Inheritance(
-            frontend=ends.frontend,
             ports=ports,
-            health=health,
-            orders=orders_,
+            ledger=guest.ledger,
+            health=birth.health,
+            custody=birth.custody.detach(),
+            snapshot=porter.snapshot,
+            held=porter.held(),
+            newest=porter.newest,
+            serial=porter.serial,
+            lost=porter.lost,
+            listening=porter.listening,
         )
-        fds = {fd for port in ports for fd in (port.journal, port.endpoint) if fd is not None}
-        _close_others({0, 1, 2, ends.frontend, health, orders_, *fds})
+        kept = {0, 1, 2, guest.ledger, birth.health, heirlooms.custody, *heirlooms.held.values()}
+        kept.update(fd for port in ports for fd in (port.journal, port.endpoint) if fd is not None)
+        _close_others(kept)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         _settle(guest.guest)
         status = run(guest.guest, heirlooms)

@@ -15,7 +15,7 @@ BACKOFF_FIRST = 0.1
 BACKOFF_MOST = 30.0
 
 #: A worker that ran this many seconds was well: the next restart is at once again.
-WELL_AFTER = 60.0
+WELL_AFTER = 2.0
 
 #: How many seconds a worker has to end after it was told to.
 STOP_WITHIN = 5.0

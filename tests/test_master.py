@@ -39,7 +39,7 @@ signal.pthread_sigmask(signal.SIG_UNBLOCK, signal.valid_signals())
 
 def report(heirlooms, **counters):
     port = PortHealth(id=0, name="console0", **counters)
-    os.write(heirlooms.health, encode(Health(frontend=42, ports=[port])))
+    os.write(heirlooms.health, encode(Health(ports=[port])))
 
 def stopped():
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
@@ -108,9 +108,8 @@ def is_open(fd):
 def run(guest, heirlooms):
     mine = [fd for fd in range(4096) if is_open(fd)]
     with open(guest.socket_path + ".fds", "w") as file:
-        json.dump([mine, [heirlooms.frontend, heirlooms.health, heirlooms.orders,
-                          *(fd for port in heirlooms.ports
-                            for fd in (port.journal, port.endpoint))]], file)
+        json.dump([mine, [heirlooms.ledger, heirlooms.health, heirlooms.custody,
+                          *(port.journal for port in heirlooms.ports)]], file)
     report(heirlooms)
     status = stopped()
     os.unlink(guest.socket_path + ".fds")
@@ -387,7 +386,7 @@ def run(guest, heirlooms):
     )
     served.workers()
     (guest,) = served.status()
-    assert (guest["frontend"], guest["max_ports"]) == (42, 1)
+    assert (guest["frontend"], guest["max_ports"]) == (None, 1)
     assert guest["ports"] == [
         {
             "id": 0,
@@ -564,14 +563,17 @@ def test_an_inherited_listener_s_worker_is_replaced(start: StartDaemon, folder: 
     assert (guest["name"], guest["socket"]) == (f"fd{fd}", f"fd {fd}")
 
 
-def test_a_worker_dead_with_an_inherited_connection_is_the_end(start: StartDaemon) -> None:
+def test_an_inherited_connection_goes_on_with_a_successor(start: StartDaemon) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         fd = theirs.fileno()
         served = start(IDLE, "pty", 1, "--fd", str(fd), socket_path=None, pass_fds=[fd])
+        theirs.close()
         os.kill(served.workers()[0], signal.SIGKILL)
-        served.expect_log(f"fd{fd}: its connection is lost with it")
-        assert served.wait() == 1
+        served.until(lambda guests: guests[0]["restarts"] == 1, "no successor")
+        ours.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            ours.recv(1)
 
 
 def test_an_inherited_connection_that_ended_is_status_0(start: StartDaemon) -> None:
@@ -581,10 +583,18 @@ def test_an_inherited_connection_that_ended_is_status_0(start: StartDaemon) -> N
         served = start(
             """
 def run(guest, heirlooms):
-    import select
+    import select, socket
+    from vhost_device_console import custody
     report(heirlooms)
-    select.select([heirlooms.frontend], [], [])
-    return 0
+    line = socket.socket(fileno=heirlooms.custody)
+    serial = 0
+    while True:
+        select.select([line], [], [])
+        order, _ = custody.receive_order(line)
+        if isinstance(order, custody.FrontendGone):
+            return 0
+        serial = order.serial
+        custody.send(line, custody.Commit(serial=serial, newest=0, snapshot=b"", keys=[]))
 """,
             "pty",
             1,
@@ -741,7 +751,7 @@ def run""",
 #: Lists in its log every order it takes, after what it was forked with.
 OBEDIENT = """
 import select, socket
-from vhost_device_console import orders
+from vhost_device_console import custody
 from vhost_device_console.journal import Journal
 
 def told(order, fds):
@@ -754,7 +764,7 @@ def run(guest, heirlooms):
     for port in heirlooms.ports:
         Journal(port.journal)
     ports = {port.id: PortHealth(id=port.id, name=port.name, output=1) for port in guest.ports}
-    sock = socket.socket(fileno=heirlooms.orders)
+    sock = socket.socket(fileno=heirlooms.custody)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     poll = select.poll()
     poll.register(heirlooms.health, 0)
@@ -764,13 +774,13 @@ def run(guest, heirlooms):
         ready = dict(poll.poll())
         if heirlooms.health in ready:
             return 0
-        while got := orders.receive(sock):
+        while got := custody.receive_order(sock):
             order, fds = got
             told(order, fds)
-            if isinstance(order, orders.AddPort):
+            if isinstance(order, custody.AddPort):
                 Journal(fds[0])
                 ports[order.port.id] = PortHealth(id=order.port.id, name=order.port.name)
-            elif isinstance(order, orders.RemovePort):
+            elif isinstance(order, custody.RemovePort):
                 del ports[order.port]
 """
 
@@ -816,7 +826,7 @@ def test_an_added_port_is_made_told_and_shown(start: StartDaemon, folder: Path) 
     served.workers()
     said = add(served, f"name=agent,backend=unix,path={folder}/a")
     assert said == f"port 1 of c.sock0, agent, is at {folder}/a"
-    served.expect_log(r"AddPort\(port=Port\(id=1, name='agent'.*\['/memfd', 'socket'\]")
+    served.expect_log(r"AddPort\(port=Port\(id=1, name='agent'.*\['/memfd'\]")
     served.until(lambda g: g[0]["ports"][1]["endpoint"] == f"{folder}/a", "not shown")
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(f"{folder}/a")
@@ -1006,10 +1016,10 @@ def test_an_order_that_the_system_refuses_is_said_and_nothing_changes(start: Sta
         IDLE.replace(
             "def run",
             """
-from vhost_device_console import orders
+from vhost_device_console import custody
 def refused(*_):
     raise OSError(109, "Too many references")
-orders.send = refused
+custody.send = refused
 def run""",
         ),
         "pty",

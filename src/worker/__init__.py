@@ -3,7 +3,7 @@
 Everything a worker needs is imported here, before the fork, so that all workers share it.
 """
 
-from .guest import run
+from .guest import HANDOVER, can_resume, run
 from .inheritance import Inheritance, PortFiles
 
-__all__ = ["Inheritance", "PortFiles", "run"]
+__all__ = ["HANDOVER", "Inheritance", "PortFiles", "can_resume", "run"]

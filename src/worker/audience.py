@@ -95,7 +95,12 @@ def _lag(seat: _Seat) -> int:
     return seat.watcher.pending if seat.watcher else 0
 
 
-def _nobody(_fd: int, _name: str) -> NoReturn:
+#: Makes a client of a connected descriptor; one who was here before has a name.
+Connect = Callable[[int, str], Client]
+
+
+def nobody(_fd: int, _name: str) -> NoReturn:
+    """Be the `connect` of a port to which nobody is sent."""
     raise TypeError("who is at this port comes to its endpoint")
 
 
@@ -213,7 +218,7 @@ class Audience:
         changed: Callable[[], None],
         resized: Callable[[], None],
         *,
-        connect: Callable[[int, str], Client] = _nobody,
+        connect: Connect = nobody,
         records: memoryview | None = None,
         saved: Saved | None = None,
         fds: Mapping[int, int] | None = None,

@@ -12,24 +12,28 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from .. import config, orders
-from ..errors import ConsoleError, FrontendError, GuestError
+import msgspec
+
+from .. import config, custody
+from ..errors import FrontendError, GuestError, RefusedError
 from ..health import Health, PortHealth
-from ..journal import Journal
-from . import state
+from ..journal import Input, Journal, Output
+from ..ledger import Ledger
+from . import audience, queues, state
 from .audience import Audience
 from .backends import pty, tcp, unix
 from .backends.base import Endpoint
 from .backends.terminal import Terminal
+from .console import device
 from .console.device import FEATURES, Console, Role
 from .console.port import Inlet, Port, discard
 from .frontend import Frontend
-from .inheritance import Inheritance
+from .inheritance import Held, Inheritance
 from .poller import Poller
 from .queues import BUDGET, IDLE, Queues, Work
 from .report import Report
@@ -51,6 +55,58 @@ _STATE_BESIDES = 1 << 20
 #: How long readers may take what is left when the daemon ends.
 _LAST_S = 1.0
 
+#: Exit status of a worker that leaves its guest to a successor (sysexits.h: EX_TEMPFAIL).
+HANDOVER = 75
+
+#: Of a snapshot: one of another version is not gone on with.
+VERSION = 1
+
+#: The key of a state that came for a guest which has not begun here.
+_LOADED = -1
+
+
+class _SavedPort(msgspec.Struct, array_like=True, kw_only=True):
+    """`head` and `tail` count where no ring runs that has a later word in the ledger."""
+
+    id: int
+    name: str
+    opened: bool
+    size: tuple[int, int]
+    head: int
+    tail: int
+    left: int
+    audience: audience.Saved
+
+
+class _Snapshot(msgspec.Struct, array_like=True, kw_only=True):
+    """All that a successor begins with, beside what lies in the journals and the ledger."""
+
+    version: int
+    frontend: int | None
+    session: fx.Saved | None
+    queues: queues.Saved
+    console: device.Saved
+    new_driver: bool
+    loaded: bool
+    ports: list[_SavedPort]
+
+
+class _Version(msgspec.Struct, array_like=True):
+    version: int
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(_Snapshot)
+_version = msgspec.msgpack.Decoder(_Version)
+
+
+class _OrphanedError(Exception):
+    """The master is gone: nothing can be committed any more, so nothing may be done."""
+
+
+#: Where clients come from by themselves, or what is made of one who is sent.
+_End = tuple[Endpoint | None, audience.Connect]
+
 
 class _Log(logging.LoggerAdapter[logging.Logger]):
     """Says whose line it is: the log is one for all guests."""
@@ -71,20 +127,28 @@ class Guest:
         self._config = guest
         self._poller = Poller(guest.poll_us)
         self._report = Report(inheritance.health, self._poller, self._health)
-        self._poller.watch(inheritance.health, lambda _: self._poller.stop(), 0)
+        self._poller.watch(inheritance.health, lambda _: self._orphaned(), 0)
 
-        self._orders = socket.socket(fileno=inheritance.orders)
-        self._poller.watch(inheritance.orders, self._on_order)
+        self._line = socket.socket(fileno=inheritance.custody)
+        self._poller.watch(inheritance.custody, self._on_order)
         self._poller.on_signal(signal.SIGTERM, self._end)
         self._last_timer = self._poller.timer(self._poller.stop)
         self._ending = False
+        self._status: int | None = None
         self._counters = Health()
+        self._ledger = Ledger(inheritance.ledger)
+        os.close(inheritance.ledger)
 
+        self._newest = inheritance.newest
+        self._listening = inheritance.listening
+        self._uncommitted = False
         self._audiences: dict[int, Audience] = {}
         self._parting: list[Audience] = []  # of ports that were removed
         self._fresh = 0  # bytes of output that nobody was given yet
         self._frozen = False
         self._loaded: state.Loaded | None = None
+        self._loaded_file: Held | None = None
+        self._made: list[Held] = []  # the master has no copy yet
         self._saved: list[Port] = []
         self._new_driver = True
         self._session: fx.Session
@@ -93,58 +157,270 @@ class Guest:
             guest.max_ports,
             rows_first=guest.resize_order is config.ResizeOrder.LINUX_LEGACY,
         )
-        self._queues = Queues(self, self._poller, self._counters, self._log, self._report.changed)
-        for port, files in zip(guest.ports, inheritance.ports, strict=True):
-            self._add_port(port, files.journal, files.endpoint)
+        self._queues = Queues(
+            self, self._poller, self._counters, self._log, self._report.changed, self._ledger
+        )
         self._frontend = Frontend(
-            inheritance.frontend,
-            self._poller,
+            inheritance.serial,
             self._counters,
             self._log,
             begin=self._new_session,
             apply=self._apply,
             gone=self._gone,
-            changed=self._report.send,
+            commit=self._commit,
         )
+        ends = [
+            self._end_of(port, files.endpoint)
+            for port, files in zip(guest.ports, inheritance.ports, strict=True)
+        ]
+        journals = [files.journal for files in inheritance.ports]
+        doors = [*zip(guest.ports, journals, ends, strict=True)]
+        if inheritance.snapshot:
+            self._resume(_decode(inheritance.snapshot), doors, inheritance)
+        else:
+            for port, journal, end in doors:
+                self._add_port(port, journal, end)
+        for people in self._audiences.values():
+            people.adopt()
 
-    def _add_port(self, described: config.Port, journal_fd: int, endpoint_fd: int | None) -> None:
+    # Where a predecessor was
+
+    def _resume(
+        self,
+        snapshot: _Snapshot,
+        doors: list[tuple[config.Port, int, _End]],
+        inheritance: Inheritance,
+    ) -> None:
+        """Go on from there; a port that was not known then is a new one."""
+        held = {**inheritance.held}
+        known = {(port.id, port.name): port for port in snapshot.ports}
+        same = {port.id for port, _, _ in doors if (port.id, port.name) in known}
+        ports = {}
+        for described, journal, _ in doors:
+            if described.id in same:
+                saved = known[described.id, described.name]
+                ports[described.id] = port = self._make_port(described, journal)
+                port.opened, port.size, port.left = saved.opened, saved.size, saved.left
+                self._console.ports[port.id] = port
+        self._new_driver = snapshot.new_driver
+        self._console.resume(snapshot.console)
+        for saved in snapshot.ports:
+            if saved.id in same:
+                self._rewind(ports[saved.id], saved, snapshot.queues)
+            else:
+                self._console.control.remove(saved.id)
+        for described, _, end in doors:
+            if described.id in same:
+                saved = known[described.id, described.name]
+                self._open(described, ports[described.id], end, saved.audience, held)
+        try:
+            self._resume_session(snapshot, held, lost=inheritance.lost)
+        finally:
+            custody.close(held.values())
+        for described, journal, end in doors:
+            if described.id not in same:
+                self._add_port(described, journal, end)
+
+    def _rewind(self, port: Port, saved: _SavedPort, rings: queues.Saved) -> None:
+        """Let count what was committed of a port's bytes, and no more."""
+        head, tail = saved.head, saved.tail
+        for index in rings.running:
+            if (role := self._console.role(index))[1] is not port:
+                continue
+            page = self._ledger.page(index)
+            if role[0] is Role.OUTPUT:
+                head = max(head, page.offset(port.output.head))
+            else:
+                tail = max(tail, page.offset(port.input.tail))
+        port.output.go_back(head)
+        port.input.go_back(tail)
+
+    def _resume_session(self, snapshot: _Snapshot, held: dict[int, int], *, lost: bool) -> None:
+        if snapshot.session is None:
+            return
+        if lost:
+            self._gone()
+            self._uncommitted = True
+            return
+        session = self._new_session()
+        session.resume(snapshot.session)
+        self._frontend.resume(session, snapshot.frontend)
+        try:
+            if snapshot.loaded:
+                self._loaded_file = Held(held.pop(_LOADED), _LOADED)
+                size = os.fstat(self._loaded_file).st_size
+                self._take_state(os.pread(self._loaded_file, size, 0))
+            self._queues.resume(snapshot.queues, held)
+        except FrontendError as error:
+            self._frontend.fail(error)
+        if snapshot.queues.saved:
+            self._freeze()
+            self._saved = [*self._console.ports.values()]
+
+    def _save(self) -> tuple[bytes, list[int]]:
+        """Return a snapshot and the keys of the descriptors that it names."""
+        connected = self._frontend.connected
+        rings = self._queues.save()
+        ports = [
+            _SavedPort(
+                id=port.id,
+                name=port.name,
+                opened=port.opened,
+                size=port.size,
+                head=port.output.head,
+                tail=port.input.tail,
+                left=port.left,
+                audience=self._audiences[port.id].save(),
+            )
+            for port in self._console.ports.values()
+        ]
+        snapshot = _Snapshot(
+            version=VERSION,
+            frontend=self._counters.frontend,
+            session=self._session.save() if connected else None,
+            queues=rings,
+            console=self._console.save(),
+            new_driver=self._new_driver,
+            loaded=self._loaded is not None,
+            ports=ports,
+        )
+        keys = rings.keys()
+        for people in (*self._audiences.values(), *self._parting):
+            keys += people.keys()
+        if self._loaded is not None:
+            keys.append(_LOADED)
+        return _encoder.encode(snapshot), keys
+
+    def _commit(
+        self, answer: bytes | None = None, answer_fd: int | None = None, *, dismiss: bool = False
+    ) -> None:
+        """Let a successor begin here; see `frontend.Commit`."""
+        snapshot, keys = self._save()
+        commit = custody.Commit(
+            serial=self._frontend.serial,
+            newest=self._newest,
+            snapshot=snapshot,
+            keys=keys,
+            made=[held.key for held in self._made],
+            answer=answer,
+            answer_fd=answer_fd is not None,
+            dismiss=dismiss,
+        )
+        fds: list[int] = [*self._made]
+        if answer_fd is not None:
+            fds.append(answer_fd)
+        self._tell(commit, fds)
+        self._made.clear()
+        self._uncommitted = False
+        self._report.send()
+
+    def commit(self) -> None:
+        """Commit, before a guest sees what the device has understood or said."""
+        self._commit()
+
+    def _tell(self, word: custody.Word, fds: Sequence[int] = ()) -> None:
+        try:
+            custody.send(self._line, word, fds)
+        except ConnectionError:
+            raise _OrphanedError from None
+
+    def _touched(self) -> None:
+        """Commit at the end of the turn."""
+        self._uncommitted = True
+        self._report.changed()
+
+    def _orphaned(self) -> None:
+        raise _OrphanedError
+
+    # Ports
+
+    def _end_of(self, described: config.Port, fd: int | None) -> _End:
+        """Return where clients of a port come from, and what one is who is sent by the master.
+
+        Owns `fd`, also when it raises OSError.
+        """
+        match described.backend:
+            case config.Pty() if fd is not None:
+                try:
+                    return pty.endpoint(fd), audience.nobody
+                except OSError:
+                    os.close(fd)
+                    raise
+            case config.Unix():
+                return None, unix.client
+            case config.Nested():
+                modes = self._ledger.records(described.id)[-128:]
+                return Terminal(self._leave, kept=modes), audience.nobody
+            case _:
+                return None, tcp.client
+
+    def _leave(self) -> None:
+        self._poller.stop()
+
+    def _make_port(self, described: config.Port, journal_fd: int) -> Port:
         try:
             journal = Journal(journal_fd)
-            endpoint = self._endpoint(described.backend, endpoint_fd)
-        except OSError:
-            if endpoint_fd is not None:
-                os.close(endpoint_fd)
-            raise
         finally:
             os.close(journal_fd)
-        port = Port(
+        return Port(
             described.id,
             described.name,
             journal.output,
             journal.input,
             console=described.console,
             blocking=described.overflow is config.Overflow.BLOCK,
+            spare=journal.spare,
         )
+
+    def _open(
+        self,
+        described: config.Port,
+        port: Port,
+        end: _End,
+        saved: audience.Saved | None = None,
+        held: dict[int, int] | None = None,
+    ) -> None:
+        """Let clients come to a port, beside those of a predecessor's."""
 
         def changed() -> None:
             self._console.control.host_changed(port)
-            self._report.send()
+            self._touched()
 
         def resized() -> None:
             self._console.control.resized(port)
             if port.id == 0 and not self._console.multiport:
                 self._queues.config_changed()
+            self._touched()
 
-        audience = Audience(
-            port, endpoint, self._poller, described.stall_ms, self._log, changed, resized
+        fds = {}
+        if saved is not None and held is not None:
+            fds = {seat.key: held.pop(seat.key) for seat in saved.seats if seat.key is not None}
+        endpoint, connect = end
+        people = Audience(
+            port,
+            endpoint,
+            self._poller,
+            described.stall_ms,
+            self._log,
+            changed,
+            resized,
+            connect=connect,
+            records=self._ledger.records(port.id),
+            saved=saved,
+            fds=fds,
         )
         if self._frozen:
-            audience.freeze()
-        self._audiences[port.id] = audience
-        if endpoint_fd is None:
-            self._poller.on_signal(signal.SIGWINCH, audience.decide_size)
+            people.freeze()
+        self._audiences[port.id] = people
+        if isinstance(endpoint, Terminal):
+            self._poller.on_signal(signal.SIGWINCH, people.decide_size)
+
+    def _add_port(self, described: config.Port, journal_fd: int, end: _End) -> None:
+        port = self._make_port(described, journal_fd)
+        self._open(described, port, end)
         self._console.add(port)
         self._queues.reconnect()
+        self._touched()
 
     def _remove_port(self, port: Port) -> None:
         self._queues.drain_all()  # what the guest wrote while there was a reader
@@ -154,51 +430,74 @@ class Guest:
         self._console.remove(port)
         self._queues.reconnect()
         self._parting.append(self._audiences.pop(port.id))
+        self._touched()
 
-    def _endpoint(self, backend: config.Backend, fd: int | None) -> Endpoint:
-        if fd is None:
-            return Terminal(self._poller.stop)
-        match backend:
-            case config.Pty():
-                return pty.endpoint(fd)
-            case config.Unix():
-                return unix.endpoint(fd)
-            case _:
-                return tcp.endpoint(fd)
+    # What the master says
 
     def _on_order(self, _: int) -> None:
-        """Do what the master wants; it has checked that it can be done."""
         try:
-            received = orders.receive(self._orders)
-            if received is not None:
-                self._obey(*received)
-        except (ConsoleError, OSError) as error:
+            received = custody.receive_order(self._line)
+        except ConnectionError:
+            raise _OrphanedError from None
+        if received is None:
+            return
+        order, fds = received
+        try:
+            self._obey(order, fds)
+        except OSError as error:
             self._log.error("what the master wanted was not done: %s", error)
         self._report.send()
 
-    def _obey(self, order: orders.Order, fds: list[int]) -> None:
+    def _obey(self, order: custody.Order, fds: list[int]) -> None:
         ports = self._console.ports
         match order:
-            case orders.AddPort(port):
-                self._add_port(port, *fds)
-            case orders.RemovePort(number) if number in ports:
+            case custody.FrontendSaid(keys=keys):
+                self._newest = max(self._newest, *keys, 0)
+                self._frontend.said(order, [*map(Held, fds, keys)])
+            case custody.FrontendCame():
+                self._frontend.came(order)
+            case custody.FrontendGone():
+                self._frontend.gone(order)
+            case custody.ClientCame(number, key):
+                self._newest = max(self._newest, key)
+                self._uncommitted = True
+                if fds and number in self._audiences:
+                    self._audiences[number].arrive(fds[0], key)
+                else:
+                    custody.close(fds)
+            case custody.AddPort(port) if fds:
+                self._add_port(port, fds[0], self._end_of(port, fds[1] if fds[1:] else None))
+            case custody.RemovePort(number) if number in ports:
                 self._remove_port(ports[number])
-            case orders.Resize(number, columns, rows) if number in ports:
+            case custody.Resize(number, columns, rows) if number in ports:
                 self._audiences[number].fix_size(columns, rows)
+            case custody.Ping():
+                self._tell(custody.Pong())
+            case custody.Leave():
+                self._commit()
+                self._status = HANDOVER
+                self._poller.stop()
 
-    def run(self) -> None:
+    def run(self) -> int:
         """Serve until told to end, left by the user, or without master or `--fd` frontend."""
-        self._report.send()
-        self._poller.run(self._drain, self._flush, self._look, self._queues.arm)
+        try:
+            self._report.send()
+            self._poller.run(self._drain, self._flush, self._look, self._queues.arm)
+        except _OrphanedError:
+            for people in self._audiences.values():
+                people.abandon()
+            return HANDOVER
+        if self._status is None:
+            self._close()
+        return self._status or 0
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Give back everything: the frontend, the clients, the terminal's modes."""
-        self._frontend.close()
-        for audience in (*self._audiences.values(), *self._parting):
-            audience.close()
-        self._orders.close()
+        if self._frontend.connected:
+            self._gone()
+        for people in (*self._audiences.values(), *self._parting):
+            people.close()
         self._report.close()
-        self._poller.close()
 
     def _end(self) -> None:
         self._ending = True
@@ -226,23 +525,28 @@ class Guest:
     def _flush(self) -> bool:
         progress = False
         self._fresh = 0
-        for audience in self._audiences.values():
-            progress |= audience.flush()
+        if self._uncommitted or any(people.unsettled for people in self._audiences.values()):
+            self._commit()
+            for people in self._audiences.values():
+                people.settle()
+        for people in self._audiences.values():
+            progress |= people.flush()
         if self._parting:
             progress |= self._part()
         if progress:
             self._report.changed()  # a gap is found when its reader reads
         if self._ending and not progress:
             everyone = (*self._audiences.values(), *self._parting)
-            if all(audience.served for audience in everyone):
+            if all(people.served for people in everyone):
                 self._poller.stop()
         return progress
 
     def _part(self) -> bool:
-        progress = sum(audience.flush() for audience in self._parting) > 0
+        progress = sum(people.flush() for people in self._parting) > 0
         count = len(self._parting)
-        self._parting = [audience for audience in self._parting if not audience.dismiss()]
+        self._parting = [people for people in self._parting if not people.dismiss()]
         if len(self._parting) < count:
+            self._uncommitted = True
             gc.collect()  # a port's parts refer to one another, and to its journal's memory
         return progress
 
@@ -274,6 +578,13 @@ class Guest:
 
     # What the queues carry; see `queues.Carrier`
 
+    def stream(self, index: int) -> Output | Input | None:
+        """Return the bytes that a port's queue carries, None for control messages."""
+        role, port = self._console.role(index)
+        if port is None:
+            return None
+        return port.output if role is Role.OUTPUT else port.input
+
     def kind(self, index: int) -> tuple[bool, int]:
         """Return whether the device writes into the queue's buffers, and a chain's most bytes.
 
@@ -291,7 +602,7 @@ class Guest:
         """
         if self._loaded is not None:
             self._loaded.apply()
-            self._loaded = None
+        self._forget_state()
         self._thaw()
         control = self._console.control
         match self._console.role(index)[0]:
@@ -364,7 +675,7 @@ class Guest:
         return Work(ring.ready, take, lambda: not port.holding)
 
     def _input_work(self, index: int, port: Port, ring: Ring) -> Work:
-        console, audience = self._console, self._audiences[port.id]
+        console, people = self._console, self._audiences[port.id]
 
         def serve(give: Callable[[], int]) -> None:
             if self._queues.serve(index, give):
@@ -380,7 +691,7 @@ class Guest:
             given = port.give_input(ring, BUDGET)
             if given:
                 self._poller.expect()
-                audience.resume()
+                people.resume()
                 console.control.host_changed(port)
             return given
 
@@ -405,9 +716,28 @@ class Guest:
 
     def load(self, data: bytes) -> None:
         """Become the console of that state once a queue starts. Raises RefusedError."""
-        self._loaded = None
+        self._forget_state()
+        self._take_state(data)
+        try:
+            file = Held(os.memfd_create("state", os.MFD_CLOEXEC), _LOADED)
+        except OSError as error:
+            self._loaded = None
+            raise RefusedError(f"no room for a device state: {error}") from None
+        self._loaded_file = file
+        self._made.append(file)
+        with open(file, "wb", closefd=False) as whole:
+            whole.write(data)
+
+    def _take_state(self, data: bytes) -> None:
         self._loaded = state.load(self._console, data)
         self._freeze()
+
+    def _forget_state(self) -> None:
+        self._loaded = None
+        self._made.clear()
+        if self._loaded_file is not None:
+            os.close(self._loaded_file)
+            self._loaded_file = None
 
     def moved(self) -> None:
         """Give up what went with the guest."""
@@ -419,19 +749,21 @@ class Guest:
         self._queues.release()
         for port in self._console.ports.values():
             port.stay_away()
-        self._loaded = None
+        self._forget_state()
         self._thaw()
+        if not self._listening:
+            self._poller.stop()
 
     def _freeze(self) -> None:
         self._frozen = True
-        for audience in self._audiences.values():
-            audience.freeze()
+        for people in self._audiences.values():
+            people.freeze()
 
     def _thaw(self) -> None:
         if self._frozen:
             self._frozen = False
-            for audience in self._audiences.values():
-                audience.thaw()
+            for people in self._audiences.values():
+                people.thaw()
 
     # Health
 
@@ -466,11 +798,19 @@ def run(guest: config.Guest, inheritance: Inheritance) -> int:
     """Serve `guest` until it is told to stop (SIGTERM), and return the exit status.
 
     0: done, do not start again (stopped, left by the user, or an `--fd` frontend hung up).
-    Anything else: start a successor. Ends by itself when the master is gone.
+    Anything else: start a successor, after HANDOVER as soon as possible. Ends by itself, touching
+    nothing, when the master is gone.
     """
-    hall = Guest(guest, inheritance)
-    try:
-        hall.run()
-    finally:
-        hall.close()
-    return 0
+    return Guest(guest, inheritance).run()
+
+
+def can_resume(snapshot: bytes) -> bool:
+    """Say whether `run` can go on from a snapshot, be it another version's."""
+    return not snapshot or _version.decode(snapshot).version == VERSION
+
+
+def _decode(snapshot: bytes) -> _Snapshot:
+    """Return a snapshot's parts. Raises ValueError for one of another version."""
+    if not can_resume(snapshot):
+        raise ValueError(f"a snapshot of a version that is not {VERSION}")
+    return _decoder.decode(snapshot)

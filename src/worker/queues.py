@@ -13,9 +13,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
+
 from .. import config
 from ..errors import FrontendError, GuestError, RefusedError
 from ..health import Health
+from ..journal import Input, Output
+from ..ledger import Ledger, Pending
+from .inheritance import Held
 from .poller import HUP, IN, OUT, Poller, drain_fd
 from .transfer import Transfer
 from .vhost_user import message as wire
@@ -73,6 +78,12 @@ class Carrier(Protocol):
     def kind(self, index: int) -> tuple[bool, int]:
         """Return whether the device writes into the queue's buffers, and a chain's most bytes."""
 
+    def stream(self, index: int) -> Output | Input | None:
+        """Return what the queue's buffers are moved into or from; None for control messages."""
+
+    def commit(self) -> None:
+        """Commit what the buffers mean that a control queue is about to complete."""
+
     def started(self, index: int, ring: Ring) -> None:
         """Hear that a queue runs from now on."""
 
@@ -118,12 +129,72 @@ class _Queue:
         self.base = 0
         self.enabled = False
         self.broken = False
-        self.kick: int | None = None
-        self.call: int | None = None
+        self.kick: Held | None = None
+        self.call: Held | None = None
         self.call_inband = True
-        self.error: int | None = None
+        self.error: Held | None = None
         self.error_inband = True
+        self.tracked = False  # in the inflight area
+        self.control = False  # what it carries is committed before the guest sees it
         self.work = IDLE
+
+
+class _SavedRegion(msgspec.Struct, array_like=True):
+    region: tuple[int, ...]
+    key: int
+
+
+class _SavedQueue(msgspec.Struct, array_like=True, kw_only=True):
+    """`start` is there while the ring runs: its size and its address, as SET_VRING_ADDR has it.
+
+    `pushed` is what a control queue has completed and its guest may not see yet.
+    """
+
+    index: int
+    base: int
+    enabled: bool
+    broken: bool
+    kick: int | None
+    call: int | None
+    call_inband: bool
+    error: int | None
+    error_inband: bool
+    start: tuple[int, tuple[int, ...]] | None
+    tracked: bool
+    pushed: Pending | None
+
+
+class Saved(msgspec.Struct, array_like=True, kw_only=True):
+    """All that a successor's queues begin with; descriptors are named by their keys."""
+
+    features: int
+    protocol: int
+    regions: list[_SavedRegion]
+    queues: list[_SavedQueue]
+    channel: int | None
+    config_changed: bool
+    dirty: tuple[int, int, int] | None
+    dirty_event: int | None
+    inflight: tuple[int, int, int, int, int] | None
+    saved: bool
+
+    @property
+    def running(self) -> list[int]:
+        """The indices of those that run."""
+        return [queue.index for queue in self.queues if queue.start is not None]
+
+    def keys(self) -> list[int]:
+        """Return all keys in it."""
+        keys = [region.key for region in self.regions]
+        for queue in self.queues:
+            keys += [key for key in (queue.kick, queue.call, queue.error) if key is not None]
+        for key in (self.channel, self.dirty_event):
+            if key is not None:
+                keys.append(key)
+        for area in (self.dirty, self.inflight):
+            if area is not None:
+                keys.append(area[-1])
+        return keys
 
 
 def _close(fd: int | None) -> None:
@@ -144,21 +215,31 @@ def _notify(fd: int | None) -> None:
             return
 
 
-def _dup(fd: int) -> int:
+def _dup(fd: int) -> Held:
     """Return a descriptor of our own for one that came with a message, never a blocking one."""
     try:
         os.set_blocking(fd, False)
-        return os.dup(fd)
+        return Held(os.dup(fd), _key(fd))
     except OSError as error:
         raise RefusedError(f"a file descriptor cannot be kept: {error}") from None
 
 
-def _keep(fd: int | None) -> int | None:
+def _keep(fd: int | None) -> Held | None:
     return None if fd is None else _dup(fd)
 
 
+def _key(fd: int) -> int:
+    """Return the key of a descriptor that came with a message."""
+    assert isinstance(fd, Held)  # noqa: S101  all of them are
+    return fd.key
+
+
+def _key_of(fd: Held | None) -> int | None:
+    return None if fd is None else fd.key
+
+
 class Queues:
-    """All virtqueues of one guest; `changed` hears when one broke."""
+    """All virtqueues of one guest; `changed` hears what is served out of turn, or broken."""
 
     def __init__(
         self,
@@ -167,8 +248,10 @@ class Queues:
         counters: Health,
         log: logging.LoggerAdapter[logging.Logger],
         changed: Callable[[], None],
+        ledger: Ledger,
     ) -> None:
         self._carrier = carrier
+        self._ledger = ledger
         self._poller = poller
         self._counters = counters
         self._log = log
@@ -176,19 +259,23 @@ class Queues:
         self._features = 0
         self._protocol = ProtocolFeature(0)
         self._regions: list[Region] = []
+        self._keys: list[_SavedRegion] = []  # of the regions, in the same order
         self._memory: GuestMemory | None = None
         self._queues: dict[int, _Queue] = {}
         self._running: list[_Queue] = []
         self._backend_channel: BackendChannel | None = None
         self._channel_blocked = False
+        self._channel_key = 0
         self._config_changed = False
         self._polling = poller.timer(self._poll)
         self._breaks = 0
         self._transfer = Transfer(poller, log, carrier.save, carrier.load, carrier.largest_state)
         self._dirty: DirtyLog | None = None
-        self._dirty_event: int | None = None
+        self._dirty_area: tuple[int, int, int] | None = None
+        self._dirty_event: Held | None = None
         self._fault: FrontendError | None = None
         self._inflight: Inflight | None = None
+        self._inflight_area: tuple[int, int, int, int, int] | None = None
 
     # The loop's work
 
@@ -218,6 +305,8 @@ class Queues:
         if not count:
             return False
         self._counters.chains += count
+        if queue.control:
+            self._carrier.commit()
         self._publish(queue)
         if self._dirty is not None and self._dirty.marked:
             self._dirty.marked = False
@@ -262,7 +351,13 @@ class Queues:
     def reconnect(self) -> None:
         """Ask the carrier anew what each enabled queue carries."""
         for queue in self._running:
-            if queue.ring is not None and queue.enabled:
+            if queue.ring is None:
+                continue
+            before = queue.control
+            kept = self._kept(queue)
+            if "ledger" in kept or not before:
+                queue.ring.keep(kept.get("ledger"), kept.get("stream"))
+            if queue.enabled:
                 queue.work = self._carrier.work(queue.index, queue.ring, queue.enabled)
 
     def _publish(self, queue: _Queue) -> None:
@@ -312,12 +407,12 @@ class Queues:
             _close(queue.call)
             _close(queue.error)
         self._queues.clear()
-        self._regions, self._memory = [], None
+        self._regions, self._memory, self._keys = [], None, []
         self._features = 0
         self._protocol = ProtocolFeature(0)
         _close(self._dirty_event)
-        self._dirty_event = None
-        self._inflight = None
+        self._dirty_event = self._dirty_area = None
+        self._inflight = self._inflight_area = None
         self._close_channel()
         self._config_changed = False
         self._breaks = 0
@@ -325,6 +420,109 @@ class Queues:
         self._transfer.stop()
         if saved:
             self._carrier.moved()
+
+    # What a successor begins with
+
+    def save(self) -> Saved:
+        """Return what `resume` takes."""
+        return Saved(
+            features=self._features,
+            protocol=self._protocol,
+            regions=self._keys,
+            queues=[self._save(queue) for queue in self._queues.values()],
+            channel=None if self._backend_channel is None else self._channel_key,
+            config_changed=self._config_changed,
+            dirty=self._dirty_area,
+            dirty_event=_key_of(self._dirty_event),
+            inflight=self._inflight_area,
+            saved=self._transfer.saved,
+        )
+
+    @staticmethod
+    def _save(queue: _Queue) -> _SavedQueue:
+        start, ring = queue.start, queue.ring
+        runs = start is not None and ring is not None
+        return _SavedQueue(
+            index=queue.index,
+            base=queue.base,
+            enabled=queue.enabled,
+            broken=queue.broken,
+            kick=_key_of(queue.kick),
+            call=_key_of(queue.call),
+            call_inband=queue.call_inband,
+            error=_key_of(queue.error),
+            error_inband=queue.error_inband,
+            start=(start.size, tuple(start.addr)) if runs and start is not None else None,
+            tracked=queue.tracked,
+            pushed=ring.pending() if queue.control and ring is not None else None,
+        )
+
+    def resume(self, saved: Saved, held: dict[int, int]) -> None:
+        """Go on where a predecessor was; what is kept of the descriptors in `held` is taken out.
+
+        Raises FrontendError when that cannot be: its frontend has taken away what it gave.
+        """
+        self._features = saved.features
+        self._protocol = ProtocolFeature(saved.protocol)
+        self._keys = saved.regions
+        self._regions = [map_region(held[each.key], *each.region) for each in saved.regions]
+        self._memory = GuestMemory(self._regions) if self._regions else None
+        if saved.dirty is not None:
+            self._dirty = DirtyLog(
+                held[saved.dirty[-1]], *saved.dirty[:2], self._memory.end if self._memory else 0
+            )
+            self._dirty_area = saved.dirty
+        if saved.inflight is not None:
+            size, offset, count, entries, key = saved.inflight
+            self._inflight = Inflight(held[key], size, offset, count, entries, self._features)
+            self._inflight_area = saved.inflight
+
+        def own(key: int | None) -> Held | None:
+            return None if key is None else Held(held.pop(key), key)
+
+        self._dirty_event = own(saved.dirty_event)
+        self._config_changed = saved.config_changed
+        self._transfer.saved = saved.saved
+        for each in saved.queues:
+            queue = self._queue(each.index)
+            queue.base, queue.enabled, queue.broken = each.base, each.enabled, each.broken
+            queue.call, queue.call_inband = own(each.call), each.call_inband
+            queue.error, queue.error_inband = own(each.error), each.error_inband
+            self._take_kick(queue, own(each.kick))
+            if each.start is not None:
+                self._go_on(queue, each)
+        channel = own(saved.channel)
+        if channel is not None:
+            self._open_channel(channel)
+        for queue in self._queues.values():
+            if queue.ring is not None:
+                self._call(queue)  # the one before may not have got to it
+        if self._dirty is not None:
+            _notify(self._dirty_event)
+        self._poll()
+
+    def _go_on(self, queue: _Queue, saved: _SavedQueue) -> None:
+        """Have a ring where a predecessor's was; what that one completed is seen by the guest."""
+        if saved.start is None:
+            return
+        size, addr = saved.start
+        queue.start = fx.StartRing(
+            queue.index, size, wire.VringAddr(*addr), queue.base, None, queue.enabled
+        )
+        queue.tracked = saved.tracked
+        state = None
+        if saved.tracked and self._inflight is not None:
+            state = self._inflight.queue(queue.index)
+        kept = self._kept(queue)
+        if "ledger" in kept:
+            kept["resume"] = kept["ledger"].pending()
+        elif saved.pushed is not None:
+            kept["resume"] = saved.pushed
+        queue.ring = self._place(queue, size, queue.start.addr, queue.base, state, **kept)
+        self._mark(queue)
+        if queue.enabled:
+            queue.work = self._carrier.work(queue.index, queue.ring, True)
+        self._running.append(queue)
 
     # Messages of ours to the frontend
 
@@ -357,7 +555,7 @@ class Queues:
             self._channel_blocked = channel.blocked
             self._poller.want(channel.fileno(), IN | OUT if channel.blocked else IN)
 
-    def _open_channel(self, fd: int) -> None:
+    def _open_channel(self, fd: Held) -> None:
         channel = BackendChannel(fd)
 
         def ready(events: int) -> None:
@@ -373,6 +571,7 @@ class Queues:
             raise RefusedError(f"the backend channel cannot be waited on: {error}") from None
         self._close_channel()
         self._backend_channel, self._channel_blocked = channel, False
+        self._channel_key = fd.key
         self._tell_config()
         for queue in self._queues.values():  # what the one before did not get to
             if queue.ring is not None and queue.call is None:
@@ -400,12 +599,19 @@ class Queues:
                 self._protocol = features
             case fx.MapMemory(regions, fds):
                 self._use(
-                    [map_region(fd, *region) for fd, region in zip(fds, regions, strict=True)]
+                    [map_region(fd, *region) for fd, region in zip(fds, regions, strict=True)],
+                    [
+                        _SavedRegion(tuple(region), _key(fd))
+                        for fd, region in zip(fds, regions, strict=True)
+                    ],
                 )
             case fx.AddMemory(region, fd):
                 if len(self._regions) == wire.MOST_SLOTS:
                     raise RefusedError(f"there are {wire.MOST_SLOTS} memory regions already")
-                self._use([*self._regions, map_region(fd, *region)])
+                self._use(
+                    [*self._regions, map_region(fd, *region)],
+                    [*self._keys, _SavedRegion(tuple(region), _key(fd))],
+                )
             case fx.RemoveMemory(region):
                 self._remove(region)
             case fx.CheckSize(size):
@@ -428,6 +634,7 @@ class Queues:
                     queue.start = queue.start._replace(addr=addr)
             case fx.SetLog(area, fd):
                 self._set_log(DirtyLog(fd, *area, self._memory.end if self._memory else 0))
+                self._dirty_area = (*area, _key(fd))
             case fx.SetLogEvent(fd):
                 event = _dup(fd)
                 _close(self._dirty_event)
@@ -458,10 +665,11 @@ class Queues:
                 return total, 0, fd
             case fx.SetInflight(area, fd):
                 self._inflight = Inflight(fd, *area, self._features)
+                self._inflight_area = (*area, _key(fd))
             case fx.AnyBroken():
                 return any(queue.broken for queue in self._queues.values())
             case fx.ResetDevice():
-                self._inflight = None
+                self._inflight = self._inflight_area = None
                 self._carrier.reset()
             case fx.SaveState(fd):
                 self._transfer.send(_dup(fd))
@@ -494,7 +702,7 @@ class Queues:
                 raise
         else:
             if before & wire.LOG_ALL_BIT:
-                self._dirty = None  # of a migration that is over
+                self._dirty = self._dirty_area = None  # of a migration that is over
             for queue in self._running:
                 self._mark(queue)
 
@@ -534,21 +742,21 @@ class Queues:
         """Forget the region with these addresses and this size; "the mmap offset is ignored"."""
         end = region.guest_addr + region.size
         left = [
-            each
-            for each in self._regions
+            (each, saved)
+            for each, saved in zip(self._regions, self._keys, strict=True)
             if (each.guest, each.guest_end, each.user) != (region.guest_addr, end, region.user_addr)
         ]
         if len(left) == len(self._regions):
             raise RefusedError(f"there is no memory region {region}")
-        self._use(left)
+        self._use([each for each, _ in left], [saved for _, saved in left])
 
-    def _use(self, regions: list[Region]) -> None:
+    def _use(self, regions: list[Region], keys: list[_SavedRegion]) -> None:
         """Go on with this memory; rings that are not in it any more are stopped."""
         memory = GuestMemory(regions) if regions else None
         if self._logging():
             self._check_log(self._dirty, memory)
         self.drain_all()  # under the old table, as the guest meant it
-        self._regions, self._memory = regions, memory
+        self._regions, self._memory, self._keys = regions, memory, keys
         lost = []
         for queue in [*self._running]:
             start = queue.start
@@ -569,6 +777,7 @@ class Queues:
         addr: wire.VringAddr,
         base: int,
         state: SplitState | PackedState | None = None,
+        **ledger: Any,
     ) -> Ring:
         if self._memory is None:
             raise RefusedError(f"queue {queue.index} has addresses but there is no memory table")
@@ -584,7 +793,16 @@ class Queues:
             writable=writable,
             most_bytes=most_bytes,
             inflight=state,
+            **ledger,
         )
+
+    def _kept(self, queue: _Queue) -> dict[str, Any]:
+        """Return where a queue's ring keeps how far it is."""
+        stream = self._carrier.stream(queue.index)
+        queue.control = stream is None
+        if stream is None:
+            return {}
+        return {"ledger": self._ledger.page(queue.index), "stream": stream}
 
     def _start(self, effect: fx.StartRing) -> None:
         queue = self._queue(effect.ring)
@@ -617,13 +835,16 @@ class Queues:
     def _resume(self, queue: _Queue, start: fx.StartRing) -> Ring:
         """Return a ring that goes on, with what was in flight where the frontend kept that."""
         state = None if self._inflight is None else self._inflight.queue(queue.index)
+        kept = self._kept(queue)
+        queue.tracked = False
         if state is None:
-            return self._place(queue, start.size, start.addr, start.base)
+            return self._place(queue, start.size, start.addr, start.base, **kept)
         try:
-            ring = self._place(queue, start.size, start.addr, start.base, state)
+            ring = self._place(queue, start.size, start.addr, start.base, state, **kept)
             why, state.discarded = state.discarded, None
+            queue.tracked = True
         except RefusedError as error:
-            ring = self._place(queue, start.size, start.addr, start.base)
+            ring = self._place(queue, start.size, start.addr, start.base, **kept)
             why = str(error)
         if why is not None:
             self._log.warning(
@@ -657,6 +878,7 @@ class Queues:
         try:
             while work.wanted() and work.serve(0):
                 self._publish(queue)
+                self._changed()
             if work is not IDLE:
                 ring.want_kicks()
         except GuestError as error:
@@ -695,7 +917,9 @@ class Queues:
             self._polling.start(_POLL_S)
 
     def _watch_kick(self, queue: _Queue, fd: int | None) -> None:
-        kick = _keep(fd)
+        self._take_kick(queue, _keep(fd))
+
+    def _take_kick(self, queue: _Queue, kick: Held | None) -> None:
         if kick is not None:
 
             def kicked(events: int) -> None:

@@ -365,10 +365,13 @@ def test_fds_on_payload_bytes_are_closed(pair: Pair, frontend: Frontend) -> None
 
 def test_fds_of_an_unfinished_message_are_closed(pair: Pair, frontend: Frontend) -> None:
     """Descriptors of a message that is never finished are closed with the connection."""
+    daemon = pair.daemon.pid
+    before = footprint(daemon)[0]
     with eventfd() as fd:
         frontend.send_raw(encode(Request.SET_VRING_CALL, encode_u64(0))[:5], [fd] * 253)
-        before = pair.held[0]
-        until(lambda: footprint(pair.worker)[0] >= before + 253, "the descriptors never arrived")
+        until(lambda: footprint(daemon)[0] >= before + 253, "the descriptors never arrived")
+    frontend.close()
+    until(lambda: footprint(daemon)[0] <= before, "the descriptors were never closed")
 
 
 def test_no_room_for_fds_closes(pair: Pair, frontend: Frontend) -> None:

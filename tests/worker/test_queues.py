@@ -9,12 +9,17 @@ import select
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import pytest
+from vhost_device_console import ledger
 from vhost_device_console.config import LARGEST_QUEUE
 from vhost_device_console.errors import FrontendError, RefusedError
 from vhost_device_console.health import Health
+from vhost_device_console.journal import Input, Output
+from vhost_device_console.ledger import Ledger
 from vhost_device_console.testing import GuestMemory, SplitDriver
+from vhost_device_console.worker.inheritance import Held
 from vhost_device_console.worker.poller import Poller
 from vhost_device_console.worker.queues import Queues, Work
 from vhost_device_console.worker.vhost_user import session as fx
@@ -33,6 +38,10 @@ IP_RECVERR = 11  # linux/in.h; the socket module has no name for it
 SIZE = 1 << 20
 
 
+#: Its queues carry control messages only, so no page of it is used.
+LEDGER = Ledger(ledger.create("test"))
+
+
 class Echoes:
     """A device that takes every buffer of every queue."""
 
@@ -43,6 +52,12 @@ class Echoes:
 
     def kind(self, _: int) -> tuple[bool, int]:
         return False, SIZE
+
+    def stream(self, _: int) -> Output | Input | None:
+        return None
+
+    def commit(self) -> None:
+        pass
 
     def started(self, index: int, _: Ring) -> None:
         self.calls.append(f"started {index}")
@@ -93,13 +108,22 @@ class Scene:
         self.counters = Health()
         self.device = Echoes()
         log = logging.LoggerAdapter(logging.getLogger("test"))
-        self.queues = Queues(self.device, self.poller, self.counters, log, lambda: None)
+        self.queues = Queues(self.device, self.poller, self.counters, log, lambda: None, LEDGER)
         self.memory = memory
         self.driver = SplitDriver(memory, 8)
         self.kick = os.eventfd(0, os.EFD_NONBLOCK)
         self.call = os.eventfd(0, os.EFD_NONBLOCK)
         regions = memory.regions()
-        self.queues.apply(fx.MapMemory([region for region, _ in regions], [regions[0][1]]))
+        self.apply(fx.MapMemory([region for region, _ in regions], [regions[0][1]]))
+
+    def apply(self, effect: fx.Effect) -> Any:
+        """Carry out an effect; its descriptors are its message's."""
+        message = {
+            name: [Held(fd, fd) for fd in value] if name == "fds" else Held(value, value)
+            for name, value in effect._asdict().items()
+            if name in ("fd", "fds", "kick") and value is not None
+        }
+        return self.queues.apply(effect._replace(**message))
 
     def addr(self, *, flags: int = 0, log: int = 0) -> VringAddr:
         user = self.memory.user_addr
@@ -108,8 +132,8 @@ class Scene:
 
     def start(self, *, call: bool = True) -> None:
         if call:
-            self.queues.apply(fx.SetCall(1, self.call))
-        self.queues.apply(fx.StartRing(1, 8, self.addr(), 0, self.kick, True))
+            self.apply(fx.SetCall(1, self.call))
+        self.apply(fx.StartRing(1, 8, self.addr(), 0, self.kick, True))
 
     def offer(self, data: bytes = b"x") -> None:
         self.driver.add([data])
@@ -142,9 +166,9 @@ def file_of(size: int) -> Iterator[int]:
 
 
 def log_into(scene: Scene, fd: int, size: int) -> None:
-    scene.queues.apply(fx.SetLog(LogArea(size, 0), fd))
-    scene.queues.apply(fx.SetFeatures(LOG_ALL))
-    scene.queues.apply(fx.LogRing(1, scene.addr(flags=1)))
+    scene.apply(fx.SetLog(LogArea(size, 0), fd))
+    scene.apply(fx.SetFeatures(LOG_ALL))
+    scene.apply(fx.LogRing(1, scene.addr(flags=1)))
 
 
 def log_size(scene: Scene) -> int:
@@ -227,7 +251,7 @@ def test_a_new_log_is_refused_whole(scene: Scene) -> None:
         scene.start()
         log_into(scene, fd, size)
         with pytest.raises(RefusedError):
-            scene.queues.apply(fx.SetLog(LogArea(1, 0), small))
+            scene.apply(fx.SetLog(LogArea(1, 0), small))
         scene.offer()
         scene.queues.drain()
         assert any(os.pread(fd, size, 0))
@@ -237,12 +261,10 @@ def test_a_log_from_before_the_memory_grew_cannot_be_chosen(scene: Scene) -> Non
     size = log_size(scene)
     ((low, low_fd),) = scene.memory.regions()
     with file_of(size) as fd:
-        scene.queues.apply(fx.SetLog(LogArea(size, 0), fd))
-        scene.queues.apply(
-            fx.AddMemory(low._replace(guest_addr=1 << 40, user_addr=0x1000_0000), low_fd)
-        )
+        scene.apply(fx.SetLog(LogArea(size, 0), fd))
+        scene.apply(fx.AddMemory(low._replace(guest_addr=1 << 40, user_addr=0x1000_0000), low_fd))
         with pytest.raises(RefusedError, match="too small"):
-            scene.queues.apply(fx.SetFeatures(LOG_ALL))
+            scene.apply(fx.SetFeatures(LOG_ALL))
 
 
 def test_a_log_is_forgotten_once_its_migration_is_over(scene: Scene) -> None:
@@ -250,8 +272,8 @@ def test_a_log_is_forgotten_once_its_migration_is_over(scene: Scene) -> None:
     with file_of(size) as fd:
         scene.start()
         log_into(scene, fd, size)
-        scene.queues.apply(fx.SetFeatures(0))
-        scene.queues.apply(fx.SetFeatures(LOG_ALL))
+        scene.apply(fx.SetFeatures(0))
+        scene.apply(fx.SetFeatures(LOG_ALL))
         os.pwrite(fd, bytes(size), 0)
         scene.offer()
         scene.queues.drain()
@@ -260,15 +282,15 @@ def test_a_log_is_forgotten_once_its_migration_is_over(scene: Scene) -> None:
 
 def test_the_format_says_which_sizes_there_are(scene: Scene) -> None:
     with pytest.raises(RefusedError, match="power of two"):
-        scene.queues.apply(fx.CheckSize(100))
-    scene.queues.apply(fx.SetFeatures(PACKED))
-    scene.queues.apply(fx.CheckSize(100))
+        scene.apply(fx.CheckSize(100))
+    scene.apply(fx.SetFeatures(PACKED))
+    scene.apply(fx.CheckSize(100))
 
 
 def test_a_size_is_looked_at_again_when_the_ring_starts(scene: Scene) -> None:
     """The format may be chosen after the size."""
     with pytest.raises(RefusedError, match="power of two"):
-        scene.queues.apply(fx.StartRing(1, 100, scene.addr(), 0, scene.kick, True))
+        scene.apply(fx.StartRing(1, 100, scene.addr(), 0, scene.kick, True))
 
 
 def test_no_room_for_an_area_is_a_refusal(scene: Scene) -> None:
@@ -276,18 +298,18 @@ def test_no_room_for_an_area_is_a_refusal(scene: Scene) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
     try:
         with pytest.raises(RefusedError):
-            scene.queues.apply(fx.MakeInflight(4, 64))
+            scene.apply(fx.MakeInflight(4, 64))
         with pytest.raises(RefusedError):
-            scene.queues.apply(fx.SetError(1, scene.call))
+            scene.apply(fx.SetError(1, scene.call))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_a_reset_forgets_what_was_in_flight(scene: Scene) -> None:
-    size, offset, fd = scene.queues.apply(fx.MakeInflight(2, 8))
+    size, offset, fd = scene.apply(fx.MakeInflight(2, 8))
     try:
-        scene.queues.apply(fx.SetInflight(InflightArea(size, offset, 2, 8), fd))
-        scene.queues.apply(fx.ResetDevice())
+        scene.apply(fx.SetInflight(InflightArea(size, offset, 2, 8), fd))
+        scene.apply(fx.ResetDevice())
         scene.start()
         assert os.pread(fd, size, 0) == bytes(size)  # no ring has used it
     finally:
@@ -297,8 +319,8 @@ def test_a_reset_forgets_what_was_in_flight(scene: Scene) -> None:
 def test_a_state_that_was_taken_along_is_told_of_when_the_frontend_goes(scene: Scene) -> None:
     read, write = os.pipe()
     try:
-        scene.queues.apply(fx.SaveState(write))
-        assert scene.queues.apply(fx.CheckState())
+        scene.apply(fx.SaveState(write))
+        assert scene.apply(fx.CheckState())
         scene.queues.release()
         assert scene.device.calls == ["save", "moved"]
     finally:
@@ -309,8 +331,8 @@ def test_a_state_that_was_taken_along_is_told_of_when_the_frontend_goes(scene: S
 def test_a_device_that_went_on_has_not_moved(scene: Scene) -> None:
     read, write = os.pipe()
     try:
-        scene.queues.apply(fx.SaveState(write))
-        assert scene.queues.apply(fx.CheckState())
+        scene.apply(fx.SaveState(write))
+        assert scene.apply(fx.CheckState())
         scene.start()
         scene.queues.release()
         assert "moved" not in scene.device.calls
@@ -379,7 +401,7 @@ def test_a_kick_that_is_ready_for_ever_is_heard_once(
     with ExitStack() as stack:
         fd = ready(stack)
         stack.callback(os.close, fd)
-        scene.queues.apply(fx.StartRing(1, 8, scene.addr(), 0, fd, True))
+        scene.apply(fx.StartRing(1, 8, scene.addr(), 0, fd, True))
         look_often(scene.poller)
         assert scene.counters.kicks == 1
 
@@ -392,7 +414,7 @@ def test_a_channel_that_is_ready_for_ever_is_given_up(
     with ExitStack() as stack:
         fd = ready(stack)
         stack.callback(os.close, fd)
-        scene.queues.apply(fx.SetBackendChannel(fd))
+        scene.apply(fx.SetBackendChannel(fd))
         look_often(scene.poller)
         assert "no more messages to the frontend" in caplog.text
 
@@ -404,7 +426,7 @@ def test_a_state_from_what_is_ready_for_ever_is_over(
     with ExitStack() as stack:
         fd = ready(stack)
         stack.callback(os.close, fd)
-        scene.queues.apply(fx.LoadState(fd))
+        scene.apply(fx.LoadState(fd))
         look_often(scene.poller)
         assert "not transferred" in caplog.text or "load b''" in scene.device.calls
 
@@ -418,7 +440,7 @@ def test_a_guest_that_breaks_its_queues_on_and_on_does_not_fill_the_log(
         scene.driver.offer(8)  # there is no such descriptor
         scene.driver.publish()
         scene.queues.drain()
-        scene.queues.apply(fx.StopRing(1))
+        scene.apply(fx.StopRing(1))
     assert scene.counters.broken == 50
     assert caplog.text.count("is broken") == 10
     caplog.clear()  # the errors know the frames that know the memory
@@ -434,8 +456,8 @@ def test_calls_are_messages_only_where_that_was_agreed(
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
-        scene.queues.apply(fx.SetProtocolFeatures(protocol))
-        scene.queues.apply(fx.SetBackendChannel(theirs.fileno()))
+        scene.apply(fx.SetProtocolFeatures(protocol))
+        scene.apply(fx.SetBackendChannel(theirs.fileno()))
         scene.start(call=False)
         scene.offer()
         scene.queues.drain()
@@ -449,8 +471,8 @@ def test_calls_are_messages_only_where_that_was_agreed(
 def test_a_full_channel_is_written_when_there_is_room_again(scene: Scene) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        scene.queues.apply(fx.SetProtocolFeatures(INBAND))
-        scene.queues.apply(fx.SetBackendChannel(theirs.fileno()))
+        scene.apply(fx.SetProtocolFeatures(INBAND))
+        scene.apply(fx.SetBackendChannel(theirs.fileno()))
         scene.start(call=False)
         theirs.setblocking(False)
         filled = 0

@@ -15,6 +15,8 @@ import struct
 from collections.abc import Iterable, Mapping
 from enum import Enum, IntEnum
 
+import msgspec
+
 from .port import Port
 
 _MESSAGE = struct.Struct("<IHH")
@@ -72,6 +74,17 @@ _TABLE: dict[tuple[State, Event, bool], tuple[State, _Do]] = {
 }
 
 
+class Saved(msgspec.Struct, array_like=True, kw_only=True):
+    """How far a dialogue is, by the ports' numbers; `waiting` as `Control.waiting`."""
+
+    resizes: bool
+    promised: int
+    states: dict[int, State]
+    told_open: dict[int, bool]
+    talking: bool
+    waiting: list[tuple[int, Event, bytes]]
+
+
 class Control:
     """The device's side of the dialogue about `ports`, by their number, which others may change.
 
@@ -116,6 +129,26 @@ class Control:
         self._talking = self._unset = False
         for port in self._ports.values():
             port.opened = False
+
+    def save(self) -> Saved:
+        """Return what `resume` takes."""
+        return Saved(
+            resizes=self.resizes,
+            promised=self.promised,
+            states=self._states,
+            told_open=self._told_open,
+            talking=self._talking,
+            waiting=self.waiting,
+        )
+
+    def resume(self, saved: Saved) -> None:
+        """Go on where another device of the same ports was, with the same guest."""
+        self.resizes = saved.resizes
+        self.promised = saved.promised
+        self._states = saved.states
+        self._told_open = saved.told_open
+        self._talking = saved.talking
+        self._waiting = {(port_id, event): data for port_id, event, data in saved.waiting}
 
     @property
     def waiting(self) -> list[tuple[int, Event, bytes]]:
@@ -165,15 +198,15 @@ class Control:
             self._states[port.id] = State.ADDED
             self._send(port.id, Event.PORT_ADD)
 
-    def remove(self, port: Port) -> None:
+    def remove(self, port_id: int) -> None:
         """Tell the guest that a port is gone, if it was ever told of it."""
-        never_told = (port.id, Event.PORT_ADD) in self._waiting
+        never_told = (port_id, Event.PORT_ADD) in self._waiting
         for event in Event:
             if event is not Event.PORT_REMOVE:  # of another port with this number, before
-                self._waiting.pop((port.id, event), None)
-        if self._states.pop(port.id, State.ABSENT) is not State.ABSENT and not never_told:
-            self._send(port.id, Event.PORT_REMOVE)
-        self._told_open.pop(port.id, None)
+                self._waiting.pop((port_id, event), None)
+        if self._states.pop(port_id, State.ABSENT) is not State.ABSENT and not never_told:
+            self._send(port_id, Event.PORT_REMOVE)
+        self._told_open.pop(port_id, None)
 
     def resized(self, port: Port) -> None:
         """Tell the guest the size of a console port, where it is known and wanted."""

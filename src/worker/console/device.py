@@ -11,7 +11,10 @@ import struct
 from collections.abc import Iterable
 from enum import Enum
 
+import msgspec
+
 from ...errors import RefusedError
+from . import control
 from .control import Control
 from .port import Port, Queue
 
@@ -43,6 +46,14 @@ class Role(Enum):
         return self in (Role.INPUT, Role.CONTROL_TO_GUEST)
 
 
+class Saved(msgspec.Struct, array_like=True, kw_only=True):
+    """What a device knows of its guest: its dialogue and the configuration space as it saw it."""
+
+    multiport: bool
+    known: bytes
+    control: control.Saved
+
+
 class Console:
     """One virtio console; `ports` by their number, of which 0 is always there.
 
@@ -63,6 +74,18 @@ class Console:
         self.multiport = bool(features & MULTIPORT)
         self.control.resizes = bool(features & SIZE)
 
+    def save(self) -> Saved:
+        """Return what `resume` takes."""
+        return Saved(
+            multiport=self.multiport, known=bytes(self._known), control=self.control.save()
+        )
+
+    def resume(self, saved: Saved) -> None:
+        """Go on where another device of the same ports was, with the same guest."""
+        self.multiport = saved.multiport
+        self._known[:] = saved.known
+        self.control.resume(saved.control)
+
     def add(self, port: Port) -> None:
         """Have another port from now on."""
         self.ports[port.id] = port
@@ -70,7 +93,7 @@ class Console:
 
     def remove(self, port: Port) -> None:
         """Have a port no more."""
-        self.control.remove(port)
+        self.control.remove(port.id)
         del self.ports[port.id]
 
     def role(self, index: int) -> tuple[Role, Port | None]:

@@ -134,5 +134,7 @@ class Channel:
         self.closed = True
         while self._fds:
             os.close(self._fds.pop())
+        with contextlib.suppress(OSError):  # a copy of it may be open elsewhere
+            self._sock.shutdown(socket.SHUT_RDWR)
         with contextlib.suppress(OSError):
             self._sock.close()

@@ -14,6 +14,8 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import msgspec
+
 from ...errors import FrontendError, RefusedError
 from . import message as wire
 from .message import ProtocolFeature, Request, VringAddr
@@ -344,6 +346,27 @@ class _Ring:
     enabled: bool = False
 
 
+class SavedRing(msgspec.Struct, array_like=True):
+    """A ring as the frontend described it, and whether it runs and is enabled."""
+
+    size: int
+    addr: tuple[int, ...] | None
+    base: int | None
+    running: bool
+    enabled: bool
+
+
+class Saved(msgspec.Struct, array_like=True, kw_only=True):
+    """All that the frontend has said and that another process needs to go on with it."""
+
+    chosen: int
+    protocol: int
+    named: int | None
+    naming: bool
+    status: int
+    rings: dict[int, SavedRing]
+
+
 class Session:
     """One frontend's connection: what was offered, what it chose, and where its rings are.
 
@@ -369,6 +392,44 @@ class Session:
         self._naming = True
         self._status = 0
         self._rings: dict[int, _Ring] = {}
+
+    def save(self) -> Saved:
+        """Return what `resume` takes."""
+        return Saved(
+            chosen=self.chosen,
+            protocol=self.protocol,
+            named=self.named,
+            naming=self._naming,
+            status=self._status,
+            rings={
+                index: SavedRing(
+                    ring.size,
+                    None if ring.addr is None else tuple(ring.addr),
+                    ring.base,
+                    ring.running,
+                    ring.enabled,
+                )
+                for index, ring in self._rings.items()
+            },
+        )
+
+    def resume(self, saved: Saved) -> None:
+        """Be the session that was saved; what is offered is as it is here."""
+        self.chosen = saved.chosen
+        self.protocol = ProtocolFeature(saved.protocol)
+        self.named = saved.named
+        self._naming = saved.naming
+        self._status = saved.status
+        self._rings = {
+            index: _Ring(
+                ring.size,
+                None if ring.addr is None else VringAddr(*ring.addr),
+                ring.base,
+                ring.running,
+                ring.enabled,
+            )
+            for index, ring in saved.rings.items()
+        }
 
     def acknowledges(self, request: int, *, asked: bool) -> bool:
         """Say whether `request`, once handled, gets a u64 that tells how it went."""

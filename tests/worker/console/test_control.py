@@ -265,13 +265,13 @@ def test_a_guest_is_told_once_that_a_port_it_knows_is_gone(
     control: Control, port: Port, state: State
 ) -> None:
     bring(control, state)
-    control.remove(port)
+    control.remove(port.id)
     assert events(take(control)) == [(0, Event.PORT_REMOVE, 0)]
     assert control.state(0) is State.ABSENT
 
 
 def test_a_port_the_guest_never_heard_of_is_not_removed(control: Control, port: Port) -> None:
-    control.remove(port)
+    control.remove(port.id)
     assert take(control) == []
 
 
@@ -288,7 +288,7 @@ def test_a_port_removed_before_the_guest_took_the_news_leaves_no_word(
     control: Control, port: Port
 ) -> None:
     control.receive(struct.pack("<IHH", 0, Event.DEVICE_READY, 1))
-    control.remove(port)
+    control.remove(port.id)
     assert take(control) == []
 
 
@@ -297,7 +297,7 @@ def test_what_was_to_be_said_of_a_port_is_not_said_once_it_is_gone(
 ) -> None:
     bring(control, State.ADDED)
     control.receive(struct.pack("<IHH", 0, Event.PORT_READY, 1))
-    control.remove(port)
+    control.remove(port.id)
     assert events(take(control)) == [(0, Event.PORT_REMOVE, 0)]
 
 
@@ -305,7 +305,7 @@ def test_a_number_removed_and_added_again_is_told_in_that_order(
     control: Control, port: Port
 ) -> None:
     bring(control, State.READY)
-    control.remove(port)
+    control.remove(port.id)
     control.add(port)
     assert events(take(control)) == [(0, Event.PORT_REMOVE, 0), (0, Event.PORT_ADD, 0)]
 
@@ -313,7 +313,7 @@ def test_a_number_removed_and_added_again_is_told_in_that_order(
 def test_coming_and_going_makes_nothing_grow(control: Control, port: Port) -> None:
     bring(control, State.READY)
     for _ in range(1000):
-        control.remove(port)
+        control.remove(port.id)
         control.add(port)
     assert len(control.replies) <= 2
 
@@ -356,7 +356,7 @@ def test_a_new_port_is_closed_whatever_was_said_of_the_one_before(
     control: Control, port: Port
 ) -> None:
     bring(control, State.ADDED)
-    control.remove(port)
+    control.remove(port.id)
     control.add(port)
     for event in (Event.PORT_READY, Event.PORT_OPEN, Event.PORT_READY):
         say(control, event)
