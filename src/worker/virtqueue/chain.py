@@ -9,7 +9,7 @@ from typing import Protocol
 
 from ...errors import GuestError, RefusedError
 from ...journal import Input, Output
-from ...ledger import Page
+from ...ledger import Page, Pending
 from . import fence
 from .features import EVENT_IDX, INDIRECT_DESC
 from .log import DirtyLog
@@ -109,6 +109,13 @@ class ChainReader:
         # The region where the buffers were so far.
         self._start = self._room = 0
         self._view = self._bytes = _NOWHERE
+
+    def keep(self, page: Page | None, stream: Output | Input | None) -> None:
+        """Commit there from now on, as `place` has it; nothing is pushed that is not visible."""
+        self._word = (page or Page()).word
+        self._output = stream if isinstance(stream, Output) else None
+        self._input = stream if isinstance(stream, Input) else None
+        self._record(self.pending().begin, 0)
 
     def take(self, output: Output, most: int, limit: int, linger_ns: int) -> int:
         """Move up to `most` buffers into `output`, each completed and seen by the guest at once.
@@ -286,6 +293,10 @@ class ChainReader:
             self._log.mark(addr, size)
 
     # Each format's own
+
+    def pending(self) -> Pending:
+        """See `ring.Ring`."""
+        raise NotImplementedError
 
     def ready(self) -> bool:
         """See `ring.Ring`, for the next ones too."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import GuestError, RefusedError
-from ...journal import Output
+from ...journal import Input, Output
 from ...ledger import MOST_PUSHES, Page, Pending
 from . import fence
 from .chain import DESC_SIZE, INDIRECT, NEXT, WRITE, Chain, ChainReader
@@ -245,6 +245,12 @@ class PackedQueue(ChainReader):
             self._mark_written(written)
         if self._pushed == MOST_PUSHES:
             self._expose()
+
+    def keep(self, page: Page | None, stream: Output | Input | None) -> None:
+        """See `ChainReader.keep`."""
+        page = page or Page()
+        self._heads, self._lengths = page.heads, page.lengths
+        super().keep(page, stream)
 
     def pending(self) -> Pending:
         """Return what was pushed and is not visible yet."""

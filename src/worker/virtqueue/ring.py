@@ -47,6 +47,9 @@ class Ring(Protocol):
     def held(self) -> int:
         """The size of the buffer that `take` left for want of room, 0 for none."""
 
+    def keep(self, page: Page | None, stream: Output | Input | None) -> None:
+        """Commit there from now on, as `place` has it; nothing is pushed that is not visible."""
+
     def take(self, output: Output, most: int, limit: int, linger_ns: int) -> int:
         """Move up to `most` buffers into `output`, each completed and seen by the guest at once.
 
