@@ -48,7 +48,7 @@ _PIECE = 1 << 14
 _OTHERS_SHARE = 8
 _BURST = 1 << 22
 
-#: The clients of a port at once.
+#: The clients of a port at once: there are so many records.
 _MOST_CLIENTS = 256
 
 #: A record's words, and their number.
@@ -201,7 +201,8 @@ class Audience:
 
     `connect` makes those from a descriptor, and for a successor a name. `changed` hears of every
     come and go, `resized` of every other size of the port. `records` are 32768 bytes, zeros at
-    first, which a successor has too; without them nobody else ever goes on here.
+    first, which a successor has too; without them nobody else ever goes on here. `most` are let in,
+    up to 256.
 
     A successor goes on with what was `saved` last and the descriptors in it, by key, which are its
     own from here on; a client that was let go since is gone. Seats that came or went make an
@@ -222,6 +223,7 @@ class Audience:
         records: memoryview | None = None,
         saved: Saved | None = None,
         fds: Mapping[int, int] | None = None,
+        most: int = _MOST_CLIENTS,
     ) -> None:
         self._port = port
         self._endpoint = endpoint
@@ -231,6 +233,7 @@ class Audience:
         self._changed = changed
         self._resized = resized
         self._connect = connect
+        self._most = most
         self._alone = records is None
         self._records = memoryview(bytearray(8 * _WORDS)) if records is None else records
         self._words = self._records.cast("Q")
@@ -394,10 +397,10 @@ class Audience:
                 self._deafen(seat)
 
     def _admit(self, client: Client, key: int | None) -> None:
-        if len(self._seats) < _MOST_CLIENTS or self._make_room():
+        if len(self._seats) < self._most or self._make_room():
             self._seat(client, key)
         else:
-            self._warn(client, f"was turned away: {_MOST_CLIENTS} others are here")
+            self._warn(client, f"was turned away: {self._most} others are here")
             client.close()
 
     def _make_room(self) -> bool:
@@ -473,8 +476,7 @@ class Audience:
             self._let_go(seat)
             return
         if count:
-            seat.read += count
-            seat.record[_READ] = seat.read
+            seat.record[_READ] = seat.read = seat.read + count
         self._under_way[0] = 0
         if count:
             if seat is not self._typist or seat.client.size() != port.size:
@@ -625,9 +627,8 @@ class Audience:
         took = 0
         while took < most and (span := watcher.span()[: most - took]):
             count = seat.client.write(span)
+            seat.record[_WRITTEN] = seat.written = seat.written + count
             self._port.took(watcher, count)
-            seat.written += count
-            seat.record[_WRITTEN] = seat.written
             took += count
             if count < len(span):
                 return self._block(seat, took)
@@ -639,8 +640,7 @@ class Audience:
     def _notify(seat: _Seat) -> bool:
         """Write what is due of a notice; return whether that was all."""
         count = seat.client.write(seat.notice)
-        seat.written += count
-        seat.record[_WRITTEN] = seat.written
+        seat.record[_WRITTEN] = seat.written = seat.written + count
         seat.notice = seat.notice[count:]
         return not seat.notice
 

@@ -413,8 +413,8 @@ class Port:
         self.under_way[1] = 0
         self.under_way[0] = (waiting.head & _OFFSET) << _OFFSET_AT | who << _WHO_AT | TO_RING
         count = read([waiting.room()])
+        self.under_way[1] = count or 0
         if count:
-            self.under_way[1] = count
             waiting.fed(count)
         return count
 
