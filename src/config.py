@@ -374,6 +374,12 @@ def _names(text: str | None) -> list[str] | None:
     return None if text is None else text.split()
 
 
+def _users_access(user: str | None) -> Access:
+    """Return the access to sockets of a daemon that becomes `user`: they are that one's."""
+    owner, _, group = (user or "").partition(":")
+    return Access(owner=owner, group=group)
+
+
 def _access(
     mode: str | None,
     owner: str | None,
@@ -734,7 +740,8 @@ def from_options(
         raise ConfigError("--pty-link goes with --backend pty")
     if backend is BackendKind.UNIX and socket_path is None:
         raise ConfigError("the unix backend needs --socket-path: its socket goes beside it")
-    access = _access(socket_mode, socket_owner, socket_group, allow_uid or None, "--", Access())
+    default = _users_access(user)
+    access = _access(socket_mode, socket_owner, socket_group, allow_uid or None, "--", default)
     tls = _tls(tls_cert, tls_key, tls_client_ca, "--")
     if tls and tcp_insecure:
         raise ConfigError("--tcp-insecure means without TLS: leave out one of the two")
@@ -869,7 +876,7 @@ def from_toml(text: bytes, source: str) -> Daemon:
                 own.socket_group,
                 _names(own.allow_uids),
                 f"{where}: ",
-                Access(),
+                _users_access(shared["user"]),
             ),
             tls=tls,
             sandbox=sandbox,

@@ -195,7 +195,7 @@ def _claimed(port: Port, inherited: Inherited | None) -> Kept | None:
         case Unix(path=path):
             return _listen_unix(path, port.access, inherited)
         case Pty(link=link):
-            return _open_pty(link)
+            return _open_pty(link, port.access)
         case Nested():
             return None
 
@@ -492,8 +492,8 @@ def _listen_tcp(host: str, port: int, inherited: Inherited | None) -> Kept:
         raise ConfigError(f"cannot use TCP port {name}: {_reason(error)}") from error
 
 
-def _open_pty(link: str | None) -> Kept:
-    """Return a raw pty's master side, and the link to its slave."""
+def _open_pty(link: str | None, access: Access) -> Kept:
+    """Return a raw pty's master side, and the link to its slave, which is `access.owner`'s."""
     try:
         fd, slave = os.openpty()
     except OSError as error:
@@ -504,6 +504,8 @@ def _open_pty(link: str | None) -> Kept:
             # The master side keeps the settings while nobody has the slave open.
             tty.setraw(slave)
             os.fchmod(slave, SOCKET_MODE)  # the system lets group tty write, which here is typing
+            if access.owner:
+                os.fchown(slave, user_id(access.owner), -1)
             name = os.ttyname(slave)
         finally:
             os.close(slave)

@@ -12,7 +12,7 @@ import re
 import selectors
 import socket
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Annotated
 
@@ -36,6 +36,9 @@ MOST_UNREAD = 1 << 22
 ANSWER_WITHIN = 5.0
 
 _NAME = "vhost-device-console"
+
+#: For those without a folder of their own; whose a folder there is, is looked at.
+_TEMPORARY = "/tmp"  # noqa: S108
 
 #: Other sockets may lie in the same folder, and asking is not for them.
 _OWN_NAME = re.compile(r"[0-9]+\.sock")
@@ -182,7 +185,7 @@ def folders(environ: Mapping[str, str], uid: int) -> list[str]:
     places = []
     if session := environ.get("XDG_RUNTIME_DIR"):
         places.append(f"{session}/{_NAME}")
-    places.append(f"/run/{_NAME}" if uid == 0 else f"/tmp/{_NAME}-{uid}")  # noqa: S108 (checked)
+    places.append(f"/run/{_NAME}" if uid == 0 else f"{_TEMPORARY}/{_NAME}-{uid}")
     return places
 
 
@@ -209,11 +212,20 @@ def own_path(environ: Mapping[str, str]) -> str:
     raise failure
 
 
+def _others(environ: Mapping[str, str]) -> Iterator[str]:
+    """Yield the folders of other users' daemons, some of which root has started (`--user`)."""
+    if "RUNTIME_DIRECTORY" not in environ:
+        for entry in os.scandir(_TEMPORARY):
+            name, _, uid = entry.name.rpartition("-")
+            if name == _NAME and uid == str(entry.stat(follow_symlinks=False).st_uid):
+                yield entry.path
+
+
 def find(environ: Mapping[str, str]) -> list[str]:
     """Return the monitor sockets of the daemons that run, by process id; remove stale ones."""
     found = []
     me = os.geteuid()
-    for folder in folders(environ, me):
+    for folder in [*folders(environ, me), *(_others(environ) if me == 0 else [])]:
         with suppress(OSError):
             # Under a service manager the folder is the service's user's, which root may ask.
             if me != 0 and not _is_private(folder):

@@ -458,6 +458,15 @@ def test_a_daemon_has_one_user_or_whoever_starts_it() -> None:
     assert (toml(ONE).user, toml(f'user = "a"\n{ONE}').user) == (None, "a")
 
 
+def test_sockets_are_the_user_s_unless_somebody_else_is_named() -> None:
+    by_user = options(user="a:b").guests[0].access
+    assert (by_user.owner, by_user.group) == ("a", "b")
+    by_owner = options(user="a:b", socket_owner="c").guests[0].access
+    assert (by_owner.owner, by_owner.group) == ("c", "b")
+    (guest,) = toml(f'user = "a"\n{ONE}').guests
+    assert (guest.access.owner, guest.access.group) == ("a", "")
+
+
 def test_cpus_are_single_ones_and_ranges() -> None:
     (guest,) = options(cpus="8,2-5,3").guests
     assert guest.cpus == (2, 3, 4, 5, 8)

@@ -19,6 +19,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from vhost_device_console import endpoints
+from vhost_device_console.admission import user_id
 from vhost_device_console.config import (
     Access,
     Backend,
@@ -391,6 +392,16 @@ def test_a_pty_is_raw_for_the_second_client_too(pty: Endpoints) -> None:
 
 def test_a_pty_is_its_owner_s_alone(pty: Endpoints) -> None:
     assert stat.S_IMODE(os.stat(pty.ports[0].name).st_mode) == 0o600
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a pty away")
+def test_a_pty_is_whose_the_daemon_is_going_to_be() -> None:
+    port = Port(id=0, name="p", backend=Pty(None), access=Access(owner="nobody"))
+    endpoint = Endpoint(port)
+    try:
+        assert os.stat(endpoint.name).st_uid == user_id("nobody")
+    finally:
+        endpoint.close()
 
 
 def test_a_pty_s_link_leads_to_its_slave(pty: Endpoints, folder: Path) -> None:

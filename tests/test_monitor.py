@@ -412,6 +412,20 @@ def test_other_sockets_in_the_folder_are_left_alone(folder: Path) -> None:
     assert os.listdir(folder) == ["guest.sock"]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, who asks everybody's")
+def test_root_finds_daemons_that_became_other_users(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor, "_TEMPORARY", str(folder))
+    theirs, forged = (folder / f"vhost-device-console-{uid}" for uid in (65534, 65533))
+    with ExitStack() as undo:
+        for place in (theirs, forged):
+            place.mkdir()
+            os.chown(place, 65534, 65534)
+            listen_unix(undo, str(place / "5.sock"))
+        assert monitor.find({"XDG_RUNTIME_DIR": str(folder / "no")}) == [str(theirs / "5.sock")]
+
+
 def test_a_missing_folder_has_no_daemons(folder: Path) -> None:
     assert monitor.find({"RUNTIME_DIRECTORY": str(folder / "no")}) == []
 
