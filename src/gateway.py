@@ -162,7 +162,7 @@ class _Channel:
 
     async def _flush(self) -> None:
         async with self._writing:
-            if data := self._outgoing.read():
+            while data := self._outgoing.read():
                 await self._loop.sock_sendall(self._sock, data)
 
     async def _fill(self) -> None:
@@ -209,7 +209,10 @@ class _Channel:
                 over = True
             except ssl.SSLWantReadError:
                 pass
-            await self._flush()
+            # What TLS itself has to answer goes out with what is being sent. A client that does not
+            # read holds that up, but not what it types.
+            if self._outgoing.pending > CHUNK or not self._writing.locked():
+                await self._flush()
             if plain or over:
                 return bytes(plain)
             await self._fill()

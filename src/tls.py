@@ -39,6 +39,9 @@ _FAULT = 70
 #: A record's bytes: two names and a few numbers.
 _LARGEST = 1 << 14
 
+#: Records taken before everybody else has a turn.
+_AT_ONCE = 16
+
 #: A listener, a certificate, its key, and who signs the clients' ones.
 _MOST_FDS = 4
 
@@ -171,6 +174,7 @@ class Gateway:
         self._supervisor = Supervisor(time.monotonic())
         self._now: _Process | None = None
         self._retired: list[_Process] = []
+        self._awaited: _Port | None = None
         for pid, fd in kept:
             os.set_inheritable(fd, False)
             self._retire(_Process(pid, socket.socket(fileno=fd)))
@@ -215,7 +219,7 @@ class Gateway:
         entry = _Port(f"{guest}: port {port.id}", listener, port, backend.tls)
         for fd in _open_files(entry.tls):
             os.close(fd)
-        self._ports[key] = entry
+        self._ports[key] = self._awaited = entry
         if self._now is not None:
             self._tell(key, entry)
         elif self._supervisor.state is State.BACKOFF:
@@ -229,6 +233,7 @@ class Gateway:
                 break
             if not self._hear(process) and not entry.served:
                 entry.error = entry.error or "the TLS gateway ended"
+        self._awaited = None
         if entry.error is not None:
             del self._ports[key]
             raise ConfigError(f"{entry.name}: {entry.error}")
@@ -273,7 +278,7 @@ class Gateway:
         self._listen(process)
         for key, entry in self._ports.items():
             self._tell(key, entry)
-            if entry.error is not None:
+            if entry.error is not None and entry is not self._awaited:
                 _log.error("%s is not served: %s", entry.name, entry.error)
 
     def _listen(self, process: _Process) -> None:
@@ -286,29 +291,45 @@ class Gateway:
             send(process.channel, Retire())
 
     def _hear(self, process: _Process) -> bool:
-        """Take what a gateway says; tell whether it may say more."""
-        while (record := receive(process.channel)) is not None:
+        """Take some of what a gateway says; tell whether it may say more.
+
+        It has been talking to strangers: nothing that it says is taken on trust.
+        """
+        for _ in range(_AT_ONCE):
+            if (record := receive(process.channel)) is None:
+                return True
             data, fds = record
-            if not data:
+            try:
+                if not data:
+                    self._deafen(process)
+                    return False
+                self._take(process, _notices.decode(data), fds)
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+                _log.error("the TLS gateway is killed: it makes no sense: %s", error)
+                os.kill(process.pid, signal.SIGKILL)
                 self._deafen(process)
                 return False
-            self._take(process, _notices.decode(data), fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
         return True
 
     def _take(self, process: _Process, notice: Notice, fds: list[int]) -> None:
-        match notice:
-            case Served(guest=guest, port=port, error=error):
-                entry = self._ports.get((guest, port))
-                if entry is not None and process is self._now:
-                    entry.served, entry.error = error is None, error
-                    if error is None:
-                        self._step(Event.HEALTHY)
-                    else:
-                        _log.error("%s is not served: %s", entry.name, error)
-            case Came(guest=guest, port=port) if fds:
-                self._came(guest, port, socket.socket(fileno=fds[0]))
-            case Came(guest=guest, port=port):
-                _log.warning("%s: port %d: a client was lost: too many open files", guest, port)
+        entry = self._ports.get((notice.guest, notice.port))
+        if entry is None:
+            return  # it is gone by now
+        if isinstance(notice, Came):
+            client = _client(fds.pop()) if fds else None
+            if client is None:
+                _log.warning("%s: a client was lost on its way from the TLS gateway", entry.name)
+            else:
+                self._came(notice.guest, notice.port, client)
+        elif process is self._now:
+            entry.served, entry.error = notice.error is None, notice.error
+            if notice.error is None:
+                self._step(Event.HEALTHY)
+            elif entry is not self._awaited:
+                _log.error("%s is not served: %s", entry.name, notice.error)
 
     def _deafen(self, process: _Process) -> None:
         with suppress(KeyError, ValueError):
@@ -362,9 +383,28 @@ def check(tls: Tls) -> None:
         for fd in files:
             os.close(fd)
     data = record[0] if record else b""
-    answer = _notices.decode(data) if data else Served(error="nothing came of it")
-    if isinstance(answer, Served) and answer.error is not None:
-        raise ConfigError(f"cannot use {tls.cert}: {answer.error}")
+    try:
+        answer = _notices.decode(data) if data else None
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        answer = None
+    why = answer.error if isinstance(answer, Served) else "nothing came of it"
+    if why is not None:
+        raise ConfigError(f"cannot use {tls.cert}: {why}")
+
+
+def _client(fd: int) -> socket.socket | None:
+    """Return the TCP connection on the loopback that `fd` should be, None when it is not."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        return None
+    with suppress(OSError):
+        kind = sock.family, sock.type
+        if kind == (socket.AF_INET, socket.SOCK_STREAM) and sock.getpeername()[0] == "127.0.0.1":
+            return sock
+    sock.close()
+    return None
 
 
 def _await_end(pid: int, deadline: float) -> None:

@@ -309,6 +309,14 @@ def test_who_does_not_read_holds_the_port_up_and_misses_nothing(
         assert len(exactly(client, count)) == count
 
 
+def test_who_does_not_read_can_type(desk: Desk, authority: Authority, folder: Path) -> None:
+    desk.serve(authority.server(folder / "s.pem"))
+    with call(desk, authority) as (client, port):
+        fill(port)
+        client.sendall(b"stop that")
+        assert exactly(port, 9) == b"stop that"
+
+
 def test_what_was_typed_arrives_although_its_client_has_left(
     desk: Desk, authority: Authority, folder: Path
 ) -> None:
@@ -655,6 +663,88 @@ def test_what_was_written_last_arrives_when_the_daemon_ends(
         desk.gateway.close()
         assert exactly(client, len(data)) == data
         assert client.recv(1) == b""
+
+
+@pytest.fixture
+def impostor(
+    desk: Desk, authority: Authority, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[socket.socket]:
+    """Give a gateway's side of the channel, as whoever took it over from the network has it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    alive, end = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(end)
+        os.read(alive, 1)
+        os._exit(0)
+    os.close(alive)
+    monkeypatch.setattr(tls, "_fork", lambda _: tls._Process(pid, theirs))  # noqa: SLF001
+    tls.send(ours, tls.Served("g", 3))
+    desk.serve(authority.server(folder / "s.pem"))
+    with ours:
+        yield ours
+        os.close(end)
+        desk.gateway.close()
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        b"\xc1",
+        b"\x81\xa4type\xa4Came",
+        b"\x81\xa4type\xa4\xff\xff\xff\xff",
+        b"\x82\xa4type\xa6Served\xa1x" + b"\x91" * 9000 + b"\xc0",
+    ],
+)
+def test_one_that_makes_no_sense_is_killed(
+    record: bytes, desk: Desk, impostor: socket.socket, caplog: pytest.LogCaptureFixture
+) -> None:
+    impostor.send(record)
+    desk.turn()
+    assert "the TLS gateway is killed: it makes no sense" in caplog.text
+    wait_ended(desk.pid)
+    desk.gateway.reap()
+    assert "the TLS gateway died: SIGKILL" in caplog.text
+    assert desk.came == []
+
+
+def test_what_is_no_client_goes_to_no_port(
+    desk: Desk, impostor: socket.socket, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        open(folder / "s.pem", "rb") as file,
+        socket.socket() as unconnected,
+        socket.socket(socket.AF_UNIX) as unix,
+    ):
+        for fds in ([], [file.fileno()], [unconnected.fileno()], [unix.fileno()]):
+            tls.send(impostor, tls.Came("g", 3), fds)
+    before = len(os.listdir("/proc/self/fd"))
+    desk.turn()
+    assert caplog.text.count("g: port 3: a client was lost on its way") == 4
+    assert desk.came == []
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_port_without_tls_is_given_no_clients(desk: Desk, impostor: socket.socket) -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as client,
+        closing(listener.accept()[0]),
+    ):
+        for guest, port in (("g", 0), ("other", 3)):
+            tls.send(impostor, tls.Came(guest, port), [client.fileno()])
+        tls.send(impostor, tls.Came("g", 3), [client.fileno()])
+        desk.arrival().close()
+        assert desk.came == []
+
+
+def test_nobody_is_kept_waiting_by_one_that_never_stops(
+    desk: Desk, impostor: socket.socket
+) -> None:
+    for _ in range(20):
+        tls.send(impostor, tls.Served("g", 3))
+    desk.turn()
+    assert desk.selector.select(0)  # there is more
 
 
 def test_it_ends_with_its_master(authority: Authority, folder: Path, ports: Ports) -> None:
