@@ -36,7 +36,9 @@ class Frontend:
     """The frontend, while there is one.
 
     `begin` makes a session for a frontend that came, `apply` carries out its effects, `gone` hears
-    that it went. `serial` is the last of its events that was dealt with.
+    that it went. `serial` is the last of its events that was dealt with, to the end: what is
+    committed before that leaves the event to be told again. `newest` is the last key that came with
+    one of them.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Frontend:
         commit: Commit,
     ) -> None:
         self.serial = serial
+        self.newest = 0
         self._counters = counters
         self._log = log
         self._begin = begin
@@ -84,18 +87,19 @@ class Frontend:
         """Do what a message asks for; its `fds` are taken over."""
         try:
             if self._session is None:  # it was let go when this was on its way
+                self._dealt_with(event)
                 return
-            self.serial = event.serial
             if len(fds) < len(event.keys):
                 raise FrontendError("the system had no room for the file descriptors of a message")
             answer, fd = self._on_message(self._session, event, fds)
         except FrontendError as error:
             custody.close(fds)  # before anybody knows
             fds.clear()
-            self.fail(error)
+            self.fail(error, event)
             return
         finally:
             custody.close(fds)
+        self._dealt_with(event)
         try:
             self._commit(answer, fd)
         finally:
@@ -104,10 +108,13 @@ class Frontend:
 
     def gone(self, event: FrontendGone) -> None:
         """Go on without the frontend, which has gone."""
-        if self.connected:
-            self.serial = event.serial
-            self._leave()
-            self._commit()
+        self._leave()
+        self.serial = event.serial
+        self._commit()
+
+    def _dealt_with(self, event: FrontendSaid) -> None:
+        self.serial = event.serial
+        self.newest = max(self.newest, *event.keys, 0)
 
     def _on_message(
         self, session: fx.Session, said: FrontendSaid, fds: list[Held]
@@ -153,15 +160,17 @@ class Frontend:
             reply: fx.Reply | None = done.value
             return reply
 
-    def fail(self, error: FrontendError) -> None:
-        """Let the frontend go for what it did."""
+    def fail(self, error: FrontendError, event: FrontendSaid | None = None) -> None:
+        """Let the frontend go for what it did, perhaps in this message."""
         self._log.error("frontend dropped: %s", error)
         self._leave()
+        if event is not None:
+            self._dealt_with(event)
         self._commit(dismiss=True)
 
     def _leave(self) -> None:
         if self._session is None:
             return
-        self._session = None
         self._gone()
+        self._session = None
         self._counters.frontend = None

@@ -298,7 +298,7 @@ class Guest:
         snapshot, keys = self._save()
         commit = custody.Commit(
             serial=self._frontend.serial,
-            newest=self._newest,
+            newest=max(self._newest, self._frontend.newest),
             snapshot=snapshot,
             keys=keys,
             made=[held.key for held in self._made],
@@ -452,7 +452,6 @@ class Guest:
         ports = self._console.ports
         match order:
             case custody.FrontendSaid(keys=keys):
-                self._newest = max(self._newest, *keys, 0)
                 self._frontend.said(order, [*map(Held, fds, keys)])
             case custody.FrontendCame():
                 self._frontend.came(order)

@@ -17,11 +17,12 @@ import signal
 import socket
 import struct
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from unittest import mock
 
 import msgspec
 from source import Source
-from vhost_device_console import config, custody, journal, ledger
+from vhost_device_console import config, custody, journal, ledger, privileges
 from vhost_device_console.worker.guest import Guest
 from vhost_device_console.worker.inheritance import Inheritance, PortFiles
 from vhost_device_console.worker.vhost_user import message as wire
@@ -73,10 +74,36 @@ FEATURES = 1 << 32 | 1 << 30 | 0b111
 logging.getLogger("vhost_device_console").setLevel(logging.CRITICAL + 1)
 
 
+class _KilledError(BaseException):
+    """The worker is killed here."""
+
+
+class Fuse:
+    """Kills the worker just before or after a commit to come; `left` counts those until then."""
+
+    def __init__(self) -> None:
+        self.left = 0
+        self.after = False
+        self._send = custody.send
+
+    def send(
+        self, sock: socket.socket, message: custody.Order | custody.Word, fds: Sequence[int] = ()
+    ) -> None:
+        """Stand in for `custody.send`."""
+        burns = isinstance(message, custody.Commit) and self.left > 0
+        self.left -= burns
+        if burns and not self.left and not self.after:
+            raise _KilledError
+        self._send(sock, message, fds)
+        if burns and not self.left:
+            raise _KilledError
+
+
 class Master:
     """The guest's memory and files, everyone who connects, and what the worker has committed."""
 
-    def __init__(self) -> None:
+    def __init__(self, fuse: Fuse) -> None:
+        self.fuse = fuse
         self.mine: list[int] = []
         self.memory_fd = self.memfd(MEMORY)
         self.memory = mmap.mmap(self.memory_fd, MEMORY)
@@ -148,21 +175,28 @@ class Master:
 
     def kill(self) -> None:
         """Let nothing of the worker count but what it has committed."""
-        if len(self.dead) == _MOST_KILLS:
-            return
+        self.fuse.left = 0
         self.hear()
         self.dead.append(self.guest)
         self.line.close()
         before = self.commit.snapshot
+        told = self.event is not None or self.arrivals
         self.begin()
-        if before and self.event is None:
+        if before and not told:
             again, _ = self.guest._save()  # noqa: SLF001
             _compare(before, again)
 
     def tell(self, order: custody.Order, fds: Iterable[int] = ()) -> None:
         """Give the worker an order, which it obeys at once."""
         custody.send(self.line, order, [*fds])
-        self.guest._on_order(0)  # noqa: SLF001
+        self.mortal(lambda: self.guest._on_order(0))  # noqa: SLF001
+
+    def mortal(self, work: Callable[[], object]) -> None:
+        """Have the worker do something, and a successor go on if it is killed by that."""
+        try:
+            work()
+        except _KilledError:
+            self.kill()
         self.hear()
 
     def hear(self) -> None:
@@ -197,11 +231,14 @@ class Master:
     def turn(self) -> None:
         """Let the worker's loop go round once."""
         guest = self.guest
-        guest._poller._dispatch(0)  # noqa: SLF001
-        guest._drain(0)  # noqa: SLF001
-        guest._flush()  # noqa: SLF001
-        guest._queues.arm()  # noqa: SLF001
-        self.hear()
+
+        def work() -> None:
+            guest._poller._dispatch(0)  # noqa: SLF001
+            guest._drain(0)  # noqa: SLF001
+            guest._flush()  # noqa: SLF001
+            guest._queues.arm()  # noqa: SLF001
+
+        self.mortal(work)
         with contextlib.suppress(BlockingIOError):
             os.read(self.health, 1 << 16)
 
@@ -361,8 +398,12 @@ def _step(master: Master, source: Source) -> None:
             master.memory[at : at + len(data)] = data
         case 9 | 10:
             master.turn()
+        case 11 if number < 4:
+            if len(master.dead) < _MOST_KILLS:
+                master.kill()
         case 11:
-            master.kill()
+            if len(master.dead) < _MOST_KILLS:
+                master.fuse.left, master.fuse.after = number >> 1 & 3, bool(number & 1)
         case 12:
             master.arrive(number % 4)
         case 13:
@@ -463,8 +504,21 @@ def run(data: bytes) -> None:
     """One step after another of whoever has to do with a worker."""
     before = _open()
     handler = signal.getsignal(signal.SIGTERM)
-    source = Source(data)
-    master = Master()
+    fuse = Fuse()
+    with (
+        mock.patch.object(custody, "send", fuse.send),
+        mock.patch.object(privileges, "confine_worker", return_value=None),
+    ):
+        killed = _run(Master(fuse), Source(data))
+    signal.signal(signal.SIGTERM, handler)
+    left = {fd for fd in _open() - before if _is_open(fd)}
+    for fd in left:
+        os.close(fd)
+    assert killed or not left, "descriptors are left"
+
+
+def _run(master: Master, source: Source) -> bool:
+    """Take all steps, and return whether the worker was ever killed."""
     try:
         for _ in range(_MOST_STEPS):
             if not source:
@@ -477,15 +531,12 @@ def run(data: bytes) -> None:
             master.close()
             del master
             gc.collect()
-        signal.signal(signal.SIGTERM, handler)
-        left = {fd for fd in _open() - before if _is_open(fd)}
-        for fd in left:
-            os.close(fd)
-    assert killed or not left, "descriptors are left"
+    return killed
 
 
 def seeds() -> Iterable[bytes]:
     turn, kill = b"\x09", b"\x0b"
+    fuses = [bytes([0x0B | at << 4]) for at in range(4, 16)]
 
     def start(*queues: int, how: int = 0) -> bytes:
         return b"".join(bytes([queue << 4 | 1, how]) for queue in queues)
@@ -513,6 +564,11 @@ def seeds() -> Iterable[bytes]:
             rings + b"\x03" + rings + b"\x0f\x01" + talk + b"\x0f\x02" + turn + b"\x0f\x00\x50\x00"
         )
         yield begin + say(Request.SET_INFLIGHT_FD, 12) + start(1, 3) + data + kill + data
+    for fuse in fuses:
+        begin = bytes([0, 0])
+        yield begin + fuse + start(0, 1, 2, 3) + turn
+        yield begin + start(2, 3, 1) + fuse + bytes([14, 0, 0, 1]) + turn + bytes([0x96, 5]) + turn
+        yield begin + start(1) + b"\x0c" + turn + fuse + b"\x1c\x0d\x03" + turn + b"\x03" + turn
     others = [say(request, 12, *([0] * 9)) for request in REQUESTS]
     for other in others:
         yield bytes([0, 8]) + start(0, 1) + other + turn + kill
