@@ -83,3 +83,8 @@ class Arena(GuestMemory):
             for region, _ in self.regions()
             for at in range(0, region.size, PAGE)
         }
+
+    def restore(self, pages: dict[int, bytes]) -> None:
+        """Make these pages what they were, whatever is wanted."""
+        for page, data in pages.items():
+            super().write(PAGE * page, data)

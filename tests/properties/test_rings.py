@@ -3,17 +3,19 @@
 The model is one list of every buffer ever offered, and how many of them were published, popped,
 pushed, used, and asked about or reaped: each is a first part of the one before. All bytes of all
 buffers, and those between them, are compared after each step, and every page that changed is looked
-up in the dirty log while there is one. VDC_EXAMPLES=n tries more: see `budget`.
+up in the dirty log while there is one. Now and then the server is killed at any line, and another
+goes on. VDC_EXAMPLES=n tries more: see `budget`.
 """
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from arena import PAGE, Arena
@@ -21,7 +23,8 @@ from budget import Machine, run
 from hypothesis import note
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
-from vhost_device_console.journal import Output
+from vhost_device_console.journal import Input, Output
+from vhost_device_console.ledger import Page, Pending
 from vhost_device_console.testing import Buffer, Chain, PackedDriver, RingDriver, SplitDriver
 from vhost_device_console.testing.packed import FRESH
 from vhost_device_console.testing.split import DESC_F_INDIRECT, DESC_F_WRITE
@@ -81,8 +84,9 @@ class Rings(Machine):
         self.memory = GuestMemory(
             [map_region(fd, *region) for region, fd in self.guest.regions()],
         )
-        ring, words = memoryview(bytearray(1 << 16)), memoryview(bytearray(64))
-        self.output = Output(ring, words.cast("Q"))
+        self.ring, self.words = bytearray(1 << 16), bytearray(64)
+        self.page = bytearray(PAGE)
+        self.renew_streams()
         self.log: DirtyLog | None = None
         self.log_fd: int | None = None
         self.log_own = False
@@ -119,6 +123,7 @@ class Rings(Machine):
         self.fetched = 0  # as popped, but with a predecessor's that were left in flight
         self.notified = 0
         self.begun_at = self.driver.base
+        self.streamed = [self.stream]  # where the stream was before each, and after the last pushed
         self.ends = [0]  # how many descriptors, or in a split ring buffers, there were before each
         # The kick that the device has asked for: any, none, or the one for this entry.
         self.kick_at: int | bool = 0 if self.event_idx and not self.packed else True
@@ -148,7 +153,23 @@ class Rings(Machine):
             self.area_fd, self.area_size, 0, 2, self.driver.size, self.features
         ).queue(1)
 
+    def renew_streams(self) -> None:
+        """Look anew at what outlives a server."""
+        ring, words = memoryview(self.ring), memoryview(self.words).cast("Q")
+        self.output, self.input = Output(ring, words), Input(ring, words)
+
+    @property
+    def stream(self) -> int:
+        """How far the ring's stream is."""
+        return self.input.tail if self.writable else self.output.head
+
     def serve_at(self, base: int) -> None:
+        if self.writable:
+            self.input.go_back(self.streamed[self.used])
+        self.make_ring(base)
+        self.begin_serving()
+
+    def make_ring(self, base: int, resume: Pending | None = None) -> None:
         user = self.guest.user_addr
         self.queue: Ring = place(
             self.memory,
@@ -161,11 +182,17 @@ class Rings(Machine):
             writable=self.writable,
             most_bytes=MOST,
             inflight=self.area,
+            ledger=Page(memoryview(self.page)),
+            stream=self.input if self.writable else self.output,
+            resume=resume,
         )
         self.set_log()
         assert self.area is None or self.area.discarded is None
+
+    def begin_serving(self) -> None:
         self.taken: dict[int, device.Chain] = {}
         self.popped = self.pushed = self.used
+        del self.streamed[self.used + 1 :]
         self.device_sleeps = False
         self.owed: set[int] = set()  # pages with used elements that were not published
 
@@ -384,6 +411,8 @@ class Rings(Machine):
             pages = self.fill(
                 chain, offered, random.Random(at).randbytes(offered.size * share // 100)
             )
+            self.input.bypass(len(offered.data))
+        self.streamed.append(self.stream)
         with self.writes() as unseen:
             self.queue.push(chain.head, len(offered.data) if self.writable else 0)
         self.owed |= unseen
@@ -428,6 +457,8 @@ class Rings(Machine):
         assert output.head - began == len(data) <= room
         kept = min(len(data), output.size)
         assert output.copy(output.head - kept) == data[len(data) - kept :]
+        for each in offered[:count]:
+            self.streamed.append(self.streamed[-1] + each.size)
         self.popped += count
         self.pushed = self.used = self.popped
         self.fetched = max(self.fetched, self.popped)
@@ -547,6 +578,125 @@ class Rings(Machine):
         assert self.queue.index == index
         self.refuse_kicks()
         self.traffic(turns, seed)
+
+    @precondition(lambda self: self.popped == self.pushed)
+    @rule(line=st.integers(0, 400), turns=SOME, seed=SEED)
+    def die(self, line: int, turns: int, seed: int) -> None:
+        """Kill the server at that line of what it does, and let another one go on."""
+        self.guest.check()
+        base, clean = self.driver.base, self.guest.pages()
+        moves: list[int | bytes] = []
+        self.take_over(self.killed_at(line, lambda: self.serve_raw(random.Random(seed), moves)))
+        self.make_ring(0, Page(memoryview(self.page)).pending())
+        used = self.count_to(self.driver.base, self.used, base)
+        assert self.used <= used <= self.pushed + len(moves)
+        pages = self.owed.copy()
+        for offered, move in zip(self.offered[self.pushed : used], moves, strict=False):
+            size = move if isinstance(move, int) else len(move)
+            self.streamed.append(self.streamed[-1] + size)
+            if isinstance(move, bytes):
+                offered.data[:] = move
+                pages |= self.pages_of(offered)
+        assert self.stream == self.streamed[used]
+        if self.log_own:
+            after, first = self.guest.pages(), self.driver.desc_addr // PAGE
+            pages |= {page for page in after if after[page] != clean[page] and page >= first}
+        self.marked(pages)
+        self.used = self.asked = used
+        self.told = max(self.told, self.ends[used])
+        self.begin_serving()
+        self.fetched = self.count_to(self.queue.index, used, self.driver.base)
+        self.driver_sleeps = False  # since everyone is called
+        for offered in self.offered[self.reaped :] if self.writable else ():
+            for buffer in offered.chain.buffers:  # what is beyond what was written is not looked at
+                self.guest.expect(buffer.addr, self.guest.read(buffer.addr, buffer.size))
+        self.take("go on")
+        self.refuse_kicks()
+        self.traffic(turns, seed)
+
+    def killed_at(self, line: int, action: Callable[[], None]) -> tuple[Any, ...]:
+        """Return what outlives a server that is killed when it comes to that line, or its end."""
+        left: list[tuple[Any, ...]] = []
+
+        def trace(*_: object) -> Any:
+            nonlocal line
+            line -= 1
+            if line == 0:
+                left.append(self.left_behind())
+            return trace if line > 0 else None
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            action()
+        finally:
+            sys.settrace(before)
+        return left[0] if left else self.left_behind()
+
+    def serve_raw(self, rng: random.Random, moves: list[int | bytes]) -> None:
+        """Serve some, keeping only how far each moves the stream, or what is written to it."""
+        for _ in range(rng.randint(1, 6)):
+            step = rng.choice(["one", "take", "publish"])
+            if step == "publish":
+                self.queue.publish()
+            elif step == "take" and not self.writable:
+                before = len(moves)
+                moves += [each.size for each in self.offered[self.pushed + before : self.published]]
+                limit = self.output.head + rng.choice(ROOM)
+                del moves[before + self.queue.take(self.output, rng.randint(1, 40), limit, 0) :]
+            elif (chain := self.queue.pop()) is not None:
+                share = rng.choice(SHARES) if self.writable else 0
+                rest = data = rng.randbytes(chain.size * share // 100)
+                for span in chain.spans if data else ():
+                    span[: len(rest)] = rest[: len(span)]
+                    rest = rest[len(span) :]
+                moves.append(data if self.writable else 0)
+                self.input.bypass(len(data))
+                self.queue.push(chain.head, len(data))
+        self.queue.publish()
+
+    def left_behind(self) -> tuple[Any, ...]:
+        area = log = b""
+        if self.area_fd is not None:
+            area = os.pread(self.area_fd, self.area_size, 0)
+        if self.log_fd is not None:
+            log = os.pread(self.log_fd, PAGE, self.log_at)
+        kept = [bytes(each) for each in (self.ring, self.words, self.page)]
+        return self.guest.pages(), kept, area, log
+
+    def take_over(self, left: tuple[Any, ...]) -> None:
+        """Have everything as that server left it, and the stream where it had committed it."""
+        pages, kept, area, log = left
+        self.guest.restore(pages)
+        for each, data in zip((self.ring, self.words, self.page), kept, strict=True):
+            each[:] = data
+        if self.area_fd is not None:
+            os.pwrite(self.area_fd, area, 0)
+            self.map_area()
+        if self.log_fd is not None:
+            os.pwrite(self.log_fd, log, self.log_at)
+        self.renew_streams()
+        kept_in = Page(memoryview(self.page))
+        if self.writable:
+            self.input.go_back(kept_in.offset(self.input.tail))
+        else:
+            self.output.go_back(kept_in.offset(self.output.head))
+
+    def count_to(self, place: int, count: int, before: int) -> int:
+        """Return which buffer is at a place of the ring, when `count` is at the one `before`."""
+        if not self.packed:
+            return count + ((place - before) & 0xFFFF)
+        laps = (place ^ before) >> 15 & 1
+        passed = laps * self.driver.size + (place & FRESH - 1) - (before & FRESH - 1)
+        return self.ends.index(self.ends[count] + passed)
+
+    def pages_of(self, offered: Offered) -> set[int]:
+        """Return the pages with what was written to a buffer."""
+        left, pages = len(offered.data), set()
+        for buffer in offered.chain.buffers:
+            pages |= {(buffer.addr + at) // PAGE for at in range(min(buffer.size, left))}
+            left -= min(buffer.size, left)
+        return pages
 
     @rule(zero=st.booleans(), turns=SOME, seed=SEED)
     def reset(self, zero: bool, turns: int, seed: int) -> None:

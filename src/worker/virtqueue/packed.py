@@ -101,6 +101,7 @@ class PackedQueue(ChainReader):
             place = self._end()
             if PackedQueue.ready(self):  # the first of them is still as it was when it was popped
                 self._expose()
+                self._unasked = 0
             self._begin(place, place)
         self._record(place, 0)
 
