@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import msgspec
 
@@ -24,6 +26,9 @@ from .config import Port
 
 #: What goes in a record; the system takes at least 200 KiB (net.core.wmem_default).
 _LARGEST = 1 << 16
+
+#: What goes in a file: many times a snapshot of all the ports and clients that there can be.
+_LARGEST_FILE = 1 << 24
 
 #: Instead of a message: it is in a file. MessagePack never uses this byte.
 _IN_A_FILE = b"\xc1"
@@ -43,15 +48,26 @@ class Resize(msgspec.Struct, frozen=True, tag=True):
 
 
 class AddPort(msgspec.Struct, frozen=True, tag=True):
-    """Add a port; with it come its journal and, unless it is the terminal, its endpoint."""
+    """Add a port; with it come its journal, a pty's controlling side, and its log's files.
+
+    `logs` are the generations of those.
+    """
 
     port: Port
+    logs: list[int]
 
 
 class RemovePort(msgspec.Struct, frozen=True, tag=True):
     """Remove port number `port`, its clients and its endpoint."""
 
     port: int
+
+
+class LogFile(msgspec.Struct, frozen=True, tag=True):
+    """Write the log of port number `port` to the file that comes along, if it is a newer one."""
+
+    port: int
+    generation: int
 
 
 class ClientCame(msgspec.Struct, frozen=True, tag=True):
@@ -100,7 +116,7 @@ class Leave(msgspec.Struct, frozen=True, tag=True):
 #: What the frontend did, one at a time: the next comes once this one's `serial` is committed.
 FrontendEvent = FrontendCame | FrontendSaid | FrontendGone
 
-Order = Resize | AddPort | RemovePort | ClientCame | FrontendEvent | Ping | Leave
+Order = Resize | AddPort | RemovePort | LogFile | ClientCame | FrontendEvent | Ping | Leave
 
 # What the worker tells
 
@@ -130,6 +146,8 @@ class Pong(msgspec.Struct, frozen=True, tag=True):
 
 
 Word = Commit | Pong
+
+_Message = TypeVar("_Message")
 
 _encoder = msgspec.msgpack.Encoder()
 _orders: msgspec.msgpack.Decoder[Order] = msgspec.msgpack.Decoder(Order)
@@ -169,14 +187,29 @@ def receive_order(sock: socket.socket) -> tuple[Order, list[int]] | None:
     None when there is none. Without the descriptors when they had no room here: then none is left.
     Raises ConnectionError when there will be no more orders.
     """
-    received = _receive(sock)
-    return None if received is None else (_orders.decode(received[0]), received[1])
+    return _message(sock, _orders)
 
 
 def receive_word(sock: socket.socket) -> tuple[Word, list[int]] | None:
-    """Return the worker's next word, as `receive_order` does."""
+    """Return the worker's next word, as `receive_order` does.
+
+    Raises ValueError, too, for what is no word: nothing that came is left then.
+    """
+    return _message(sock, _words)
+
+
+def _message(
+    sock: socket.socket, decoder: msgspec.msgpack.Decoder[_Message]
+) -> tuple[_Message, list[int]] | None:
     received = _receive(sock)
-    return None if received is None else (_words.decode(received[0]), received[1])
+    if received is None:
+        return None
+    data, fds = received
+    try:
+        return decoder.decode(data), fds
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        close(fds)
+        raise ValueError(f"what was said makes no sense: {error}") from None
 
 
 def _receive(sock: socket.socket) -> tuple[bytes, list[int]] | None:
@@ -201,10 +234,26 @@ def _receive(sock: socket.socket) -> tuple[bytes, list[int]] | None:
             raise ConnectionAbortedError("no descriptor is left for its message")
         return data, []
     if data == _IN_A_FILE:
-        with open(fds.pop(), "rb") as file:
-            file.seek(0)
-            data = file.read()
+        try:
+            data = _contents(fds)
+        except (OSError, ValueError):
+            close(fds)
+            raise
     return data, fds.tolist()
+
+
+def _contents(fds: array[int]) -> bytes:
+    """Take the last of these descriptors, and return what is in its file."""
+    if not fds:
+        raise ValueError("what was said is in a file that did not come")
+    fd = fds.pop()
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST_FILE:
+            raise ValueError(f"what was said is in no file of at most {_LARGEST_FILE} bytes")
+        return os.pread(fd, status.st_size, 0)
+    finally:
+        os.close(fd)
 
 
 def close(fds: Iterable[int]) -> None:

@@ -14,20 +14,23 @@ import os
 import resource
 import selectors
 import signal
+import socket
 import termios
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from itertools import pairwise
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from . import __version__, custody, journal, ledger, monitor, systemd, worker
+from . import __version__, custody, journal, ledger, monitor, privileges, systemd, tls, worker
 from .alarms import Alarms
 from .config import Daemon, Guest, Nested, Port, PortTable, Pty, with_port, without_port
-from .endpoints import Endpoint, Endpoints, listen_unix
+from .endpoints import Endpoint, Endpoints, Inherited, listen_unix
 from .errors import ConfigError, ConsoleError
 from .health import Decoder, Health, PortHealth
+from .logs import LogFiles
 from .porter import Line, Porter
 from .supervision import WELL_AFTER, Action, Event, State, Supervisor
 
@@ -44,7 +47,7 @@ _MOST_CRASHES = 3
 #: Exit status of a worker that fell over a mistake of ours (sysexits.h: EX_SOFTWARE).
 _FAULT = 70
 
-_ALWAYS = (signal.SIGTERM, signal.SIGCHLD)
+_ALWAYS = (signal.SIGTERM, signal.SIGCHLD, signal.SIGUSR1)
 _STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 #: Descriptors this many guests need are asked for; each takes four and a few in its worker.
@@ -80,18 +83,27 @@ class _Terminal:
 class _Guest:
     """One guest as the master sees it; everything here outlives its workers.
 
-    `journals`, `past` (counters of workers that are gone) and `sizes` (given by command) are by the
-    port's id. `crashes` counts workers in a row that fell by themselves soon after they began.
+    `journals`, `logs`, `past` (counters of workers that are gone) and `sizes` (given by command)
+    are by the port's id. `crashes` counts workers in a row that fell by themselves soon after they
+    began.
     """
 
     def __init__(
-        self, guest: Guest, endpoints: Endpoints, ledger_fd: int, porter: Porter, now: float
+        self,
+        guest: Guest,
+        endpoints: Endpoints,
+        ledger_fd: int,
+        porter: Porter,
+        gateway: tls.Gateway,
+        now: float,
     ) -> None:
         self.guest = guest
+        self.gateway = gateway
         self.endpoints = endpoints
         self.ledger = ledger_fd
         self.porter = porter
         self.journals: dict[int, int] = {}
+        self.logs: dict[int, LogFiles] = {}
         self.sizes: dict[int, custody.Resize] = {}
         self.supervisor = Supervisor(now)
         self.crashes = 0
@@ -123,7 +135,8 @@ class _Guest:
 
     def total(self) -> Health:
         """Return the counters over all workers."""
-        total = Health(frontend=self.porter.frontend, refused=self.porter.refused)
+        refused = self.porter.refused + self.endpoints.refused
+        total = Health(frontend=self.porter.frontend, refused=refused)
         _add_guest(total, self.before)
         _add_guest(total, self.health)
         return total
@@ -156,6 +169,8 @@ class _Guest:
                     columns=now.columns,
                     rows=now.rows,
                     size_by=monitor.text(now.size_by),
+                    log=None if port.log is None else monitor.text(port.log.path),
+                    log_failing=now.log is not None and now.log.failing,
                 )
             )
         return statuses
@@ -194,14 +209,21 @@ class _Guest:
             undo.callback(endpoint.close)
             journal_fd = _create_journal(self.guest, port)
             undo.callback(os.close, journal_fd)
+            undo.callback(self.close_port, port)
+            self.open_port(port, endpoint)
             theirs = _theirs(port, endpoint)
             files = [journal_fd] if theirs is None else [journal_fd, theirs]
-            self.tell(custody.AddPort(port), files)
+            log = None if port.log is None else LogFiles(port.log)
+            if log is not None:
+                undo.callback(log.close)
+                files += log.files.values()
+            self.tell(custody.AddPort(port, [] if log is None else [*log.files]), files)
             undo.pop_all()
         self.guest = more
-        self.open_port(port, endpoint)
         self.endpoints.ports[port.id] = endpoint
         self.journals[port.id] = journal_fd
+        if log is not None:
+            self.logs[port.id] = log
         self.past[port.id] = _no_health(port)
         return port
 
@@ -210,9 +232,11 @@ class _Guest:
         less = without_port(self.guest, port.id)
         self.tell(custody.RemovePort(port.id))
         self.guest = less
-        self.porter.close_port(port.id)
+        self.close_port(port)
         self.endpoints.ports.pop(port.id).close()
         os.close(self.journals.pop(port.id))
+        if (log := self.logs.pop(port.id, None)) is not None:
+            log.close()
         del self.past[port.id]
         self.sizes.pop(port.id, None)
 
@@ -237,10 +261,54 @@ class _Guest:
             with suppress(ConsoleError):  # it has just begun and cannot be behind
                 self.tell(order)
 
+    def open_logs(self) -> None:
+        """Open every port's log; raises ConfigError."""
+        for port in self.guest.ports:
+            if port.log is not None:
+                self.logs[port.id] = LogFiles(port.log)
+
+    def reopen_logs(self) -> None:
+        """Have what lies at the logs' paths now be written."""
+        for port_id, log in self.logs.items():
+            if log.reopen():
+                self._tell_log(port_id, log)
+
+    def mind_logs(self) -> None:
+        """Begin another file where one is full; see to it that the worker writes the newest."""
+        for port_id, log in self.logs.items():
+            now = next((port.log for port in self.health.ports if port.id == port_id), None)
+            if now is None:
+                continue
+            log.settled(now.generation)
+            most = log.described.max_bytes
+            if most and now.size >= most and now.generation == log.newest:
+                log.rotate()
+            if now.generation < log.newest:
+                self._tell_log(port_id, log)
+
+    def _tell_log(self, port_id: int, log: LogFiles) -> None:
+        # One that cannot be told is told after its next report; a successor inherits all of them.
+        with suppress(ConsoleError):
+            self.tell(custody.LogFile(port_id, log.newest), [log.files[log.newest]])
+
     def open_port(self, port: Port, endpoint: Endpoint) -> None:
-        """Let clients in where the master is to accept them."""
-        if endpoint.fd is not None and _theirs(port, endpoint) is None:
+        """Let clients in, unless the worker does; raises ConfigError when there is no TLS."""
+        if endpoint.tls_listener is not None:
+            self.gateway.serve(self.guest.name, port, endpoint.tls_listener)
+        elif endpoint.fd is not None and _theirs(port, endpoint) is None:
             self.porter.open_port(port.id, endpoint.fd, endpoint.door)
+
+    def close_port(self, port: Port) -> None:
+        """Let nobody else in."""
+        self.gateway.forget(self.guest.name, port.id)
+        self.porter.close_port(port.id)
+
+    def close_doors(self) -> None:
+        """Let nobody in any more: the guest is over."""
+        for port in self.guest.ports:
+            self.gateway.forget(self.guest.name, port.id)
+        self.porter.close()
+        self.endpoints.close()
 
     def close(self) -> None:
         """Close the doors and give up what was kept for a worker."""
@@ -248,6 +316,8 @@ class _Guest:
         for fd in self.journals.values():
             os.close(fd)
         self.journals.clear()
+        for log in self.logs.values():
+            log.close()
         os.close(self.ledger)
 
 
@@ -325,29 +395,39 @@ class _Master:
         self._status = 0
         self._stopping = False
         self._starting: list[_Guest] = []
+        inherited = Inherited(systemd.listen_fds())
+        undo.callback(inherited.close)
         _raise_file_limit()
         self._signals = _enqueue_signals(undo)
         self._selector = selectors.DefaultSelector()
         undo.callback(self._selector.close)
         self._alarms = Alarms()
         self._selector.register(self._signals, selectors.EVENT_READ, self._take_signals)
-        self._guests = [self._prepare(guest, undo) for guest in daemon.guests]
+        confine = partial(privileges.confine_gateway, all(g.sandbox for g in daemon.guests))
+        self._gateway = tls.Gateway(self._selector, self._take_in, confine)
+        undo.callback(self._gateway.close)
+        self._guests = [self._prepare(guest, inherited, undo) for guest in daemon.guests]
+        inherited.close()
         self._terminal: _Terminal | None = None
         if any(isinstance(port.backend, Nested) for g in daemon.guests for port in g.ports):
             self._terminal = _Terminal()
             undo.callback(self._terminal.restore)
+        privileges.confine_master(daemon.user)
+        for guest in self._guests:
+            guest.open_logs()  # as the user who will have to open the next ones
+        self._gateway.start()  # as whoever this is now
         self._monitor = self._listen(undo)
 
-    def _prepare(self, guest: Guest, undo: ExitStack) -> _Guest:
+    def _prepare(self, guest: Guest, inherited: Inherited, undo: ExitStack) -> _Guest:
         _check_cpus(guest)
-        endpoints = Endpoints(guest)
+        endpoints = Endpoints(guest, inherited)
         undo.callback(endpoints.close)
         try:
             ledger_fd = ledger.create(guest.name)
         except OSError as error:
             raise ConfigError(f"{guest.name}: cannot make its ledger: {error.strerror}") from error
         porter = Porter(guest.name, endpoints, self._selector, self._alarms)
-        prepared = _Guest(guest, endpoints, ledger_fd, porter, time.monotonic())
+        prepared = _Guest(guest, endpoints, ledger_fd, porter, self._gateway, time.monotonic())
         undo.callback(prepared.close)
         for port in guest.ports:
             prepared.journals[port.id] = _create_journal(guest, port)
@@ -396,12 +476,12 @@ class _Master:
         deadlines = [
             g.supervisor.deadline for g in self._guests if g.supervisor.deadline is not None
         ]
-        if self._alarms.due is not None:
-            deadlines.append(self._alarms.due)
+        deadlines += [due for due in (self._alarms.due, self._gateway.deadline) if due is not None]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _tick(self) -> None:
         self._alarms.ring()
+        self._gateway.tick()
         now = time.monotonic()
         for guest in self._guests:
             deadline = guest.supervisor.deadline
@@ -424,8 +504,7 @@ class _Master:
             case Action.NOTHING:
                 pass
         if guest.supervisor.state is State.FINISHED and before is not State.FINISHED:
-            guest.porter.close()
-            guest.endpoints.close()
+            guest.close_doors()
 
     def _take_signals(self) -> None:
         numbers = set(os.read(self._signals, _PIPE_READ))
@@ -434,9 +513,24 @@ class _Master:
             systemd.notify("STOPPING=1")
             for guest in self._guests:
                 self._step(guest, Event.STOP)
+        if signal.SIGUSR1 in numbers:
+            for guest in self._guests:
+                guest.reopen_logs()
         if signal.SIGCHLD in numbers:
+            self._gateway.reap()
             for guest in self._guests:
                 self._reap(guest)
+
+    def _take_in(self, name: str, port: int, client: socket.socket) -> None:
+        """Hand a client that came by TLS to its guest's worker."""
+        for guest in self._guests:
+            over = guest.supervisor.state is State.FINISHED
+            if guest.guest.name == name and port in guest.endpoints.ports and not over:
+                if not guest.porter.crowded:
+                    guest.porter.take_in(port, client)
+                    return
+                _log.warning("%s: port %d: a client was lost: too many come at once", name, port)
+        client.close()
 
     # Workers
 
@@ -501,6 +595,7 @@ class _Master:
             while data := os.read(guest.pipe, _PIPE_READ):
                 for record in guest.decoder.feed(data):
                     guest.health = record
+                    guest.mind_logs()
                     self._step(guest, Event.HEALTHY)
         except BlockingIOError:
             return
@@ -657,6 +752,7 @@ class _Master:
             broken=total.broken,
             ignored=total.ignored,
             max_ports=guest.guest.max_ports,
+            privileges=guest.health.privileges if alive else None,
             ports=guest.ports(),
         )
 
@@ -713,7 +809,11 @@ def _cause(code: int) -> str:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
-    return f"{name} (the frontend shrank its memory)" if -code == signal.SIGBUS else name
+    why: dict[int, str] = {
+        signal.SIGBUS: " (the frontend shrank its memory)",
+        signal.SIGSYS: " (a system call that no worker makes: somebody may have taken it over)",
+    }
+    return name + why.get(-code, "")
 
 
 def _allow_merging() -> None:
@@ -744,13 +844,14 @@ def _enqueue_signals(undo: ExitStack) -> int:
     undo.callback(os.close, read)
     undo.callback(os.close, write)
     undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(write, warn_on_full_buffer=False))
-    for number in (*_STOPS, signal.SIGCHLD):
+    wanted = {*_STOPS, *_ALWAYS}
+    for number in wanted:
         # nohup and a shell's `&` have some of them ignored: they stay so.
         if signal.getsignal(number) is not signal.SIG_IGN or number in _ALWAYS:
             signal.signal(number, _ignore)
             # Told to end once more while it ends, the daemon still ends as it was going to.
             undo.callback(signal.signal, number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (*_STOPS, signal.SIGCHLD))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, wanted)
     return read
 
 
@@ -760,14 +861,18 @@ def _become_worker(run: Run, birth: _Birth, blocked: set[int | signal.Signals]) 
     status = _FAULT
     try:
         signal.set_wakeup_fd(-1)
-        for number in _STOPS:
+        for number in (*_STOPS, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)  # only the master decides
         for number in (signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
         porter = guest.porter
         ports = tuple(
-            worker.PortFiles(guest.journals[port.id], _theirs(port, guest.endpoints.ports[port.id]))
+            worker.PortFiles(
+                guest.journals[port.id],
+                _theirs(port, guest.endpoints.ports[port.id]),
+                guest.logs[port.id].files if port.id in guest.logs else {},
+            )
             for port in guest.guest.ports
         )
         heirlooms = worker.Inheritance(
@@ -784,7 +889,10 @@ def _become_worker(run: Run, birth: _Birth, blocked: set[int | signal.Signals]) 
         )
         kept = {0, 1, 2, guest.ledger, birth.health, heirlooms.custody, *heirlooms.held.values()}
         kept.update(fd for port in ports for fd in (port.journal, port.endpoint) if fd is not None)
+        kept.update(fd for port in ports for fd in port.logs.values())
         _close_others(kept)
+        if not any(isinstance(port.backend, Nested) for port in guest.guest.ports):
+            _leave_terminal()
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         _settle(guest.guest)
         status = run(guest.guest, heirlooms)
@@ -793,6 +901,14 @@ def _become_worker(run: Run, birth: _Birth, blocked: set[int | signal.Signals]) 
         _log.debug("%s: where it happened", guest.guest.name, exc_info=True)
     finally:
         os._exit(status & 0xFF)
+
+
+def _leave_terminal() -> None:
+    """Have nothing of the terminal's but what the log is written to."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1):
+        os.dup2(null, fd)
+    os.close(null)
 
 
 def _settle(guest: Guest) -> None:

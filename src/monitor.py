@@ -22,6 +22,7 @@ from . import endpoints
 from .admission import Sparing, refusal
 from .config import PortTable
 from .errors import ConfigError, ConsoleError
+from .health import Privileges
 
 #: Clients served at once; one more takes the place of the oldest.
 MOST_CLIENTS = 16
@@ -82,7 +83,8 @@ Request = StatusRequest | Change
 class PortStatus(msgspec.Struct, kw_only=True):
     """One port: what it is, and all of `health.PortHealth`, its counters over all workers so far.
 
-    `endpoint` is where people attach: `127.0.0.1:12345`, a path, or `terminal`.
+    `endpoint` is where people attach: `127.0.0.1:12345`, a path, or `terminal`. `log` is the path
+    of its log, if it has one, which cannot be written now if `log_failing`.
     """
 
     id: int
@@ -103,6 +105,8 @@ class PortStatus(msgspec.Struct, kw_only=True):
     columns: int
     rows: int
     size_by: str
+    log: str | None = None
+    log_failing: bool = False
 
 
 class GuestStatus(msgspec.Struct, kw_only=True):
@@ -132,6 +136,7 @@ class GuestStatus(msgspec.Struct, kw_only=True):
     broken: int
     ignored: int
     max_ports: int
+    privileges: Privileges | None = None
     ports: list[PortStatus]
 
 

@@ -19,21 +19,22 @@ from typing import Any
 
 import msgspec
 
-from .. import config, custody
+from .. import config, custody, privileges
 from ..errors import FrontendError, GuestError, RefusedError
-from ..health import Health, PortHealth
+from ..health import Health, LogHealth, PortHealth
 from ..journal import Input, Journal, Output
 from ..ledger import Ledger
 from . import audience, queues, state
 from .audience import Audience
 from .backends import pty, tcp, unix
 from .backends.base import Endpoint
+from .backends.log import RECORD_BYTES, Log
 from .backends.terminal import Terminal
 from .console import device
 from .console.device import FEATURES, Console, Role
 from .console.port import Inlet, Port, discard
 from .frontend import Frontend
-from .inheritance import Held, Inheritance
+from .inheritance import Held, Inheritance, PortFiles
 from .poller import Poller
 from .queues import BUDGET, IDLE, Queues, Work
 from .report import Report
@@ -144,6 +145,7 @@ class Guest:
         self._uncommitted = False
         self._audiences: dict[int, Audience] = {}
         self._parting: list[Audience] = []  # of ports that were removed
+        self._logs: dict[int, Log] = {}
         self._fresh = 0  # bytes of output that nobody was given yet
         self._frozen = False
         self._loaded: state.Loaded | None = None
@@ -173,13 +175,13 @@ class Guest:
             self._end_of(port, files.endpoint)
             for port, files in zip(guest.ports, inheritance.ports, strict=True)
         ]
-        journals = [files.journal for files in inheritance.ports]
-        doors = [*zip(guest.ports, journals, ends, strict=True)]
+        doors = [*zip(guest.ports, inheritance.ports, ends, strict=True)]
+        self._counters.privileges = privileges.confine_worker(guest.sandbox)
         if inheritance.snapshot:
             self._resume(_decode(inheritance.snapshot), doors, inheritance)
         else:
-            for port, journal, end in doors:
-                self._add_port(port, journal, end)
+            for port, files, end in doors:
+                self._add_port(port, files, end)
         for people in self._audiences.values():
             people.adopt()
 
@@ -188,7 +190,7 @@ class Guest:
     def _resume(
         self,
         snapshot: _Snapshot,
-        doors: list[tuple[config.Port, int, _End]],
+        doors: list[tuple[config.Port, PortFiles, _End]],
         inheritance: Inheritance,
     ) -> None:
         """Go on from there; a port that was not known then is a new one."""
@@ -196,10 +198,10 @@ class Guest:
         known = {(port.id, port.name): port for port in snapshot.ports}
         same = {port.id for port, _, _ in doors if (port.id, port.name) in known}
         ports = {}
-        for described, journal, _ in doors:
+        for described, files, _ in doors:
             if described.id in same:
                 saved = known[described.id, described.name]
-                ports[described.id] = port = self._make_port(described, journal)
+                ports[described.id] = port = self._make_port(described, files)
                 port.opened, port.size, port.left = saved.opened, saved.size, saved.left
                 self._console.ports[port.id] = port
         self._new_driver = snapshot.new_driver
@@ -217,9 +219,9 @@ class Guest:
             self._resume_session(snapshot, held, lost=inheritance.lost)
         finally:
             custody.close(held.values())
-        for described, journal, end in doors:
+        for described, files, end in doors:
             if described.id not in same:
-                self._add_port(described, journal, end)
+                self._add_port(described, files, end)
 
     def _rewind(self, port: Port, saved: _SavedPort, rings: queues.Saved) -> None:
         """Let count what was committed of a port's bytes, and no more."""
@@ -357,12 +359,12 @@ class Guest:
     def _leave(self) -> None:
         self._poller.stop()
 
-    def _make_port(self, described: config.Port, journal_fd: int) -> Port:
+    def _make_port(self, described: config.Port, files: PortFiles) -> Port:
         try:
-            journal = Journal(journal_fd)
+            journal = Journal(files.journal)
         finally:
-            os.close(journal_fd)
-        return Port(
+            os.close(files.journal)
+        port = Port(
             described.id,
             described.name,
             journal.output,
@@ -371,6 +373,21 @@ class Guest:
             blocking=described.overflow is config.Overflow.BLOCK,
             spare=journal.spare,
         )
+        if described.log is not None:
+            port.log = self._logs[port.id] = Log(
+                described.log.path,
+                journal.output,
+                self._log_record(port.id),
+                files.logs,
+                described.log.max_bytes,
+                self._poller,
+                self._log,
+                self._report.send,
+            )
+        return port
+
+    def _log_record(self, port_id: int) -> memoryview:
+        return self._ledger.records(port_id)[-256:-128]
 
     def _open(
         self,
@@ -415,8 +432,9 @@ class Guest:
         if isinstance(endpoint, Terminal):
             self._poller.on_signal(signal.SIGWINCH, people.decide_size)
 
-    def _add_port(self, described: config.Port, journal_fd: int, end: _End) -> None:
-        port = self._make_port(described, journal_fd)
+    def _add_port(self, described: config.Port, files: PortFiles, end: _End) -> None:
+        self._log_record(described.id)[:] = bytes(RECORD_BYTES)  # it may be another port's
+        port = self._make_port(described, files)
         self._open(described, port, end)
         self._console.add(port)
         self._queues.reconnect()
@@ -424,6 +442,12 @@ class Guest:
 
     def _remove_port(self, port: Port) -> None:
         self._queues.drain_all()  # what the guest wrote while there was a reader
+        log = self._logs.pop(port.id, None)
+        if log is not None:
+            while port.holding and log.flush():
+                self._queues.drain_all()
+            port.log = None
+            log.end()
         if port.holding:
             self._log.warning("port %d: what its guest wrote last is not taken", port.id)
         port.inlet = None
@@ -464,8 +488,18 @@ class Guest:
                     self._audiences[number].arrive(fds[0], key)
                 else:
                     custody.close(fds)
-            case custody.AddPort(port) if fds:
-                self._add_port(port, fds[0], self._end_of(port, fds[1] if fds[1:] else None))
+            case custody.AddPort(port, generations) if fds:
+                first = len(fds) - len(generations)
+                files = PortFiles(
+                    fds[0],
+                    fds[1] if first > 1 else None,
+                    dict(zip(generations, fds[first:], strict=True)),
+                )
+                self._add_port(port, files, self._end_of(port, files.endpoint))
+            case custody.LogFile(number, generation) if fds and number in self._logs:
+                self._logs[number].switch(generation, fds[0])
+            case custody.LogFile():
+                custody.close(fds)
             case custody.RemovePort(number) if number in ports:
                 self._remove_port(ports[number])
             case custody.Resize(number, columns, rows) if number in ports:
@@ -496,6 +530,8 @@ class Guest:
             self._gone()
         for people in (*self._audiences.values(), *self._parting):
             people.close()
+        for log in self._logs.values():
+            log.end()
         self._report.close()
 
     def _end(self) -> None:
@@ -530,13 +566,17 @@ class Guest:
                 people.settle()
         for people in self._audiences.values():
             progress |= people.flush()
+        for log in self._logs.values():
+            progress |= log.flush()
         if self._parting:
             progress |= self._part()
         if progress:
             self._report.changed()  # a gap is found when its reader reads
         if self._ending and not progress:
             everyone = (*self._audiences.values(), *self._parting)
-            if all(people.served for people in everyone):
+            if all(people.served for people in everyone) and all(
+                log.served for log in self._logs.values()
+            ):
                 self._poller.stop()
         return progress
 
@@ -766,6 +806,12 @@ class Guest:
 
     # Health
 
+    def _log_health(self, port: Port) -> LogHealth | None:
+        log = self._logs.get(port.id)
+        if log is None:
+            return None
+        return LogHealth(generation=log.generation, size=log.size, failing=log.failing)
+
     def _health(self) -> Health:
         counters = self._counters
         counters.ignored = self._console.control.ignored
@@ -787,6 +833,7 @@ class Guest:
                 host_open=port.host_open,
                 held=port.holding,
                 size_by=port.size_by,
+                log=self._log_health(port),
             )
             for port in self._console.ports.values()
         ]

@@ -12,11 +12,12 @@ class PortFiles:
     """One port's file descriptors.
 
     `endpoint` is a pty's controlling side, None where clients are sent by the master or are the
-    terminal.
+    terminal. `logs` are the files of its log by their generations, none without a log.
     """
 
     journal: int
     endpoint: int | None
+    logs: Mapping[int, int]
 
 
 @dataclass(frozen=True, slots=True)

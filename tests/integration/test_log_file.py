@@ -1,0 +1,252 @@
+"""Logs of a running daemon: every byte once, whatever happens to files, disks and workers."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from scene import (
+    MARKER,
+    assert_same,
+    attach,
+    boot,
+    exactly,
+    noise,
+    numbered,
+    port_of,
+    wait_port,
+)
+
+from conftest import StartDaemon
+from launch import Daemon, command, until
+
+MIB = 1 << 20
+
+
+def logged(running: Daemon, data: bytes, name: str = "log0") -> None:
+    """Wait until a log has as many bytes as `data`, and check that it is that."""
+    path = running.folder / name
+    until(lambda: path.stat().st_size >= len(data), f"{name} never had {len(data)} bytes")
+    assert_same(path.read_bytes(), data)
+
+
+def small(path: Path) -> bool:
+    """Say whether there is a file that need not be rotated."""
+    return path.exists() and path.stat().st_size < 65536
+
+
+def in_order(folder: Path) -> bytes:
+    """Return what is in all files of log0, oldest first."""
+    files = sorted(folder.glob("log0.*"), key=lambda path: -int(path.suffix[1:]))
+    return b"".join(path.read_bytes() for path in [*files, folder / "log0"])
+
+
+@contextmanager
+def full_disk(worker: int, size: int) -> Iterator[None]:
+    """Let a worker write files up to `size` bytes only, for a while."""
+    soft, hard = resource.prlimit(worker, resource.RLIMIT_FSIZE)
+    resource.prlimit(worker, resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.prlimit(worker, resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# Everything, and nothing else
+
+
+def test_what_a_guest_writes_is_in_its_log_with_nobody_attached(
+    daemon: StartDaemon, folder: Path
+) -> None:
+    """Each guest's console has a file of its own."""
+    running = daemon("unix", 2, "--log-file", str(folder / "log"))
+    for guest in (0, 1):
+        with boot(running, guest) as console:
+            console.write(b"guest %d\n" % guest)
+        logged(running, b"guest %d\n" % guest, f"log{guest}")
+
+
+@pytest.mark.parametrize("readers", [0, 1])
+def test_however_fast_a_guest_writes_its_log_has_no_gap(
+    daemon: StartDaemon, folder: Path, readers: int
+) -> None:
+    """Twice as much as the journal keeps is given to the device at once, again and again."""
+    running = daemon("unix", 1, "--log-file", str(folder / "log"))
+    data = noise(16 * MIB)
+    with boot(running) as console:
+        peers = [attach(running) for _ in range(readers)]  # who do not read
+        console.write(data, chunk=32768, depth=64)
+        logged(running, data)
+        for peer in peers:
+            peer.close()
+
+
+def test_a_log_is_nobody_to_the_guest_and_takes_nothing_from_people(
+    daemon: StartDaemon, folder: Path
+) -> None:
+    """A generic port stays closed, and who comes later gets what they would have got without."""
+    running = daemon(
+        "unix",
+        1,
+        *("--log-file", str(folder / "log")),
+        *("--port", f"name=agent,backend=unix,path={folder}/agent,log={folder}/agent.log"),
+    )
+    with boot(running, queue_count=6) as console:
+        console.write(b"early")
+        logged(running, b"early")
+        port = running.status()[0]["ports"][1]
+        assert (port["host_open"], port["readers"]) == (False, 0)
+        with attach(running) as peer:
+            assert exactly(peer, 5) == b"early"
+
+
+def test_a_log_goes_on_where_the_daemon_before_left_it(daemon: StartDaemon, folder: Path) -> None:
+    """A file that is there already is written on at its end."""
+    for number in (1, 2):
+        running = daemon("unix", 1, "--log-file", str(folder / "log"))
+        with boot(running) as console:
+            console.write(b"again")
+        running.close()
+        logged(running, number * b"again")
+
+
+def test_a_port_that_comes_and_goes_has_a_log(daemon: StartDaemon, folder: Path) -> None:
+    """What its guest wrote is all there when it is removed, and once when it comes back."""
+    running = daemon("unix", 1, "--max-ports", "2")
+    table = f"name=x,console,backend=unix,path={folder}/x,log={folder}/x.log"
+    with boot(running, queue_count=6) as console:
+        for text in (b"here", b"herehere"):
+            said = command(folder, "port", "add", "c.sock0", table)
+            assert said.returncode == 0, said.stderr
+            console.wait_until(lambda: 1 in console.ports and console.ports[1].is_console, "port 1")
+            console.ports[1].write(b"here")
+            assert command(folder, "port", "remove", "c.sock0", "x").returncode == 0
+            logged(running, text, "x.log")
+            console.wait_until(lambda: 1 not in console.ports, "port 1 stays")
+
+
+# Files
+
+
+def test_full_logs_are_rotated_and_nothing_is_lost_between_them(
+    daemon: StartDaemon, folder: Path
+) -> None:
+    """All files together are what the guest wrote, and none is smaller than it should be."""
+    running = daemon(
+        "unix",
+        1,
+        *("--log-file", str(folder / "log")),
+        *("--log-max-bytes", "65536", "--log-keep", "99"),
+    )
+    data = numbered(4 * MIB)
+    with boot(running) as console:
+        for start in range(0, len(data), MIB // 8):
+            console.write(data[start : start + MIB // 8], depth=16)
+            until(lambda: small(folder / "log0"), "it is never rotated")
+    sizes = [path.stat().st_size for path in folder.glob("log0.*")]
+    assert len(sizes) >= 32
+    assert min(sizes) >= 65536
+    assert_same(in_order(folder), data)
+
+
+def test_a_log_that_was_renamed_is_opened_anew_on_demand(daemon: StartDaemon, folder: Path) -> None:
+    """SIGUSR1: what comes before goes to the file that was renamed, what comes after does not."""
+    running = daemon("unix", 1, "--log-file", str(folder / "log"))
+    with boot(running) as console:
+        for number in range(3):
+            console.write(b"%d before\n" % number)
+            (folder / "log0").rename(folder / f"log0.{9 - number}")
+            console.write(b"%d renamed\n" % number)
+            running.signal(signal.SIGUSR1)
+            until((folder / "log0").exists, "it is not there again")
+        console.write(b"end\n")
+        logged(running, b"end\n")
+    text = b"".join(b"%d before\n%d renamed\n" % (number, number) for number in range(3))
+    assert in_order(folder) == text + b"end\n"
+
+
+def test_a_folder_that_is_not_there_is_one_line(folder: Path) -> None:
+    """The daemon does not start, and says what is wrong."""
+    said = command(folder, "-s", f"{folder}/c", "-b", "unix", "--log-file", f"{folder}/no/log")
+    assert said.returncode == 2
+    assert said.stderr.endswith(
+        "vhost-device-console: error: cannot write log "
+        f"{folder}/no/log0: folder {folder}/no does not exist\n"
+    )
+
+
+def test_another_daemon_s_log_is_refused(daemon: StartDaemon, folder: Path) -> None:
+    """Two writers would mix up what they write."""
+    daemon("unix", 1, "--log-file", str(folder / "log"))
+    said = command(folder, "-s", f"{folder}/d", "-b", "unix", "--log-file", f"{folder}/log")
+    assert said.returncode == 2
+    assert said.stderr.endswith("log0: another port or daemon writes it\n")
+
+
+# Disks
+
+
+def test_nobody_waits_for_a_full_disk(daemon: StartDaemon, folder: Path) -> None:
+    """The log goes on where it was; what is lost meanwhile stands in it, and is counted."""
+    running = daemon("unix", 1, "--log-file", str(folder / "log"))
+    (worker,) = running.workers()
+    data = numbered(4 * MIB)
+    with boot(running) as console:
+        console.write(data[:MIB], depth=16)
+        logged(running, data[:MIB])
+        with full_disk(worker, MIB + 1000):
+            console.write(data[MIB:], depth=16)
+            running.expect_log("log0 cannot be written, tried again every second: file too large")
+            wait_port(running, log_failing=True)
+        running.expect_log("log0 is written again")
+    wait_port(running, log_failing=False, missed=2 * MIB - 1000)
+    text = (folder / "log0").read_bytes()
+    gap = MARKER.search(text)
+    assert gap is not None
+    assert_same(text[: gap.start()], data[: MIB + 1000])
+    assert int(gap[1]) == 2 * MIB - 1000
+    assert_same(text[gap.end() :], data[3 * MIB :])
+
+
+def test_a_disk_that_is_full_for_a_moment_costs_nothing(daemon: StartDaemon, folder: Path) -> None:
+    """A write that stops in the middle is continued at the right byte."""
+    running = daemon("unix", 1, "--log-file", str(folder / "log"))
+    (worker,) = running.workers()
+    data = numbered(MIB)
+    with boot(running) as console:
+        with full_disk(worker, 12345):
+            console.write(data, chunk=32768, depth=16)
+            running.expect_log("cannot be written")
+        logged(running, data)
+    assert port_of(running)["missed"] == 0
+
+
+# Workers
+
+
+def test_a_worker_that_is_killed_leaves_no_trace_in_a_log(
+    daemon: StartDaemon, folder: Path
+) -> None:
+    """Twenty are killed with buffers under way, and another file is begun all the time."""
+    running = daemon(
+        "unix",
+        1,
+        *("--log-file", str(folder / "log")),
+        *("--log-max-bytes", "65536", "--log-keep", "99"),
+    )
+    data = numbered(20 * 48 * 4096)
+    with boot(running) as console:
+        for start in range(0, len(data), 48 * 4096):
+            (worker,) = running.workers()
+            for at in range(start, start + 48 * 4096, 4096):
+                console.port.submit(data[at : at + 4096])
+            os.kill(worker, signal.SIGKILL)
+            console.port.flush()
+        wait_port(running, output=len(data))
+        until(lambda: len(in_order(folder)) >= len(data), "the logs are too short")
+    assert_same(in_order(folder), data)
