@@ -403,7 +403,10 @@ def status(guest: str | None, as_json: bool, by_port: bool, path: str | None) ->
     elif guests:
         width = max(80, shutil.get_terminal_size().columns) if os.isatty(1) else None
         table = tables.ports if by_port or guest is not None else tables.guests
-        click.echo("\n".join(table(guests, width)))
+        lines = table(guests, width)
+        if guest is not None:
+            lines += [line for each in guests for line in tables.privileges(each)]
+        click.echo("\n".join(lines))
     if failures:
         raise ConsoleError("; ".join(map(str, failures)))
 

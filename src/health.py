@@ -60,7 +60,7 @@ class PortHealth(msgspec.Struct, array_like=True, kw_only=True):
     log: LogHealth | None = None
 
 
-class Privileges(msgspec.Struct, array_like=True, frozen=True, kw_only=True):
+class Privileges(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker may still do, as its kernel said when it was confined.
 
     `capabilities` are those left, `landlock` the version (ABI) in force, 0 for none, `seccomp` says

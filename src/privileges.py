@@ -13,6 +13,7 @@ import os
 import pwd
 import resource
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from typing import NamedTuple
@@ -29,6 +30,7 @@ _log = logging.getLogger(__name__)
 MOST_FILES = 16384
 
 # linux/prctl.h
+_GET_DUMPABLE, _SET_DUMPABLE = 3, 4
 _SET_NO_NEW_PRIVS, _GET_NO_NEW_PRIVS = 38, 39
 _BOUNDING_DROP = 24
 
@@ -41,6 +43,9 @@ _MASTERS = sum(1 << number for number in _NAMES)
 
 #: Kinds of memory that are left out of a core file: what is shared, as guests' memory is (core(5)).
 _SHARED = 1 << 1 | 1 << 3 | 1 << 6 | 1 << 8
+
+#: How much rather than the master a worker is ended when memory runs out (oom_score_adj, proc(5)).
+_BEFORE_MASTER, _WORST = 250, 1000
 
 _UMASK = 0o077
 
@@ -158,7 +163,11 @@ def confine_gateway(sandbox: bool) -> Privileges:
 def _confine(sandbox: bool, most_files: int | None, *, network: bool) -> Privileges:
     prepare()
     missing = []
+    dumpable = prctl(_GET_DUMPABLE)
+    prctl(_SET_DUMPABLE, 1)  # or, after a change of user, its files in /proc were root's
+    _sacrifice()
     _keep_guests_from_cores()
+    prctl(_SET_DUMPABLE, dumpable & 1)  # what the system chose as 2 may not be chosen
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NPROC: 0}
     if most_files is not None:
         limits[resource.RLIMIT_NOFILE] = most_files
@@ -193,16 +202,24 @@ def _confine(sandbox: bool, most_files: int | None, *, network: bool) -> Privile
     )
 
 
+def _sacrifice() -> None:
+    """Have the kernel end this process before the master, which starts another one."""
+    _rewrite("oom_score_adj", lambda text: b"%d" % min(_WORST, int(text) + _BEFORE_MASTER))
+
+
 def _keep_guests_from_cores() -> None:
     """Leave shared memory out of cores: what they are piped to need not heed their limit."""
-    # Where it cannot be opened, after a change of user, the kernel makes no core at all.
+    _rewrite("coredump_filter", lambda text: b"%#x" % (int(text, 16) & ~_SHARED))
+
+
+def _rewrite(name: str, change: Callable[[bytes], bytes]) -> None:
+    """Change what is in a file of this process's own in /proc, if there is one."""
     with suppress(OSError):
-        kinds = os.open("/proc/self/coredump_filter", os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(f"/proc/self/{name}", os.O_RDWR | os.O_CLOEXEC)
         try:
-            kept = int(os.read(kinds, 64), 16) & ~_SHARED
-            os.write(kinds, b"%#x" % kept)
+            os.write(fd, change(os.read(fd, 64)))
         finally:
-            os.close(kinds)
+            os.close(fd)
 
 
 def _limit(kind: int, most: int) -> bool:

@@ -79,7 +79,10 @@ def _notes(guest: GuestStatus) -> list[str]:
         (guest.ignored, "ignored control message"),
         (guest.restarts, "restart"),
     )
-    return [f"{count} {what}{'s' * (count != 1)}" for count, what in counts if count]
+    notes = [f"{count} {what}{'s' * (count != 1)}" for count, what in counts if count]
+    if (has := guest.privileges) is not None:
+        notes += ["no Landlock"] * (not has.landlock) + ["no seccomp"] * (not has.seccomp)
+    return notes
 
 
 def ports(guests: Sequence[GuestStatus], width: int | None) -> list[str]:
@@ -102,6 +105,13 @@ def ports(guests: Sequence[GuestStatus], width: int | None) -> list[str]:
         for port in guest.ports
     ]
     return _table(_PORTS, rows, width, cut=("BY", "NAME", "ENDPOINT", "PORT"))
+
+
+def privileges(guest: GuestStatus) -> list[str]:
+    """Return the line that says what the guest's worker may do, if it has one."""
+    if guest.privileges is None:
+        return []
+    return [f"{clean(guest.name)} is served with: {clean(str(guest.privileges))}"]
 
 
 _SIDES = {

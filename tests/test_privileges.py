@@ -136,15 +136,43 @@ def test_a_lower_limit_of_descriptors_is_kept() -> None:
     assert in_child(child)[0] == (100, 100)
 
 
-def test_shared_memory_is_in_no_core_file() -> None:
-    def child() -> int:
+def _own(name: str) -> str:
+    with open(f"/proc/self/{name}") as file:
+        return file.read()
+
+
+@pytest.mark.parametrize("user", ["same", pytest.param("nobody", marks=as_root)])
+def test_shared_memory_is_in_no_core_file(user: str) -> None:
+    def child() -> str:
         with open("/proc/self/coredump_filter", "w") as kinds:
             kinds.write("0x1ff")
+        if user == "nobody":
+            _become_nobody()
         privileges.confine_worker(False)
-        with open("/proc/self/coredump_filter") as kinds:
-            return int(kinds.read(), 16)
+        return _own("coredump_filter")
 
-    assert in_child(child) == 0x1FF & ~(1 << 1 | 1 << 3 | 1 << 6 | 1 << 8)
+    assert int(in_child(child), 16) == 0x1FF & ~(1 << 1 | 1 << 3 | 1 << 6 | 1 << 8)
+
+
+@pytest.mark.parametrize("user", ["same", pytest.param("nobody", marks=as_root)])
+def test_when_memory_runs_out_a_worker_goes_before_its_master(user: str) -> None:
+    def child() -> str:
+        if user == "nobody":
+            _become_nobody()
+        privileges.confine_worker(False)
+        return _own("oom_score_adj")
+
+    assert int(in_child(child)) == min(1000, int(_own("oom_score_adj")) + 250)
+
+
+@as_root
+def test_whoever_became_another_user_stays_closed_to_it() -> None:
+    def child() -> int:
+        _become_nobody()
+        privileges.confine_worker(False)
+        return prctl(3)
+
+    assert in_child(child) == 0
 
 
 def test_without_the_sandbox_files_can_be_opened() -> None:
