@@ -17,13 +17,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from killed import typed
 from vhost_device_console import core, journal, ledger
-from vhost_device_console.errors import RefusedError
+from vhost_device_console.errors import GuestError, RefusedError
 from vhost_device_console.journal import Input, Journal, Output
 from vhost_device_console.ledger import MOST_PUSHES, Page, Pending
 from vhost_device_console.testing import Chain, GuestMemory, make_driver
@@ -44,7 +45,7 @@ SIZE = 4096  # bytes of each of the journal's rings
 NO_LIMIT = 1 << 62
 BEGIN = (1 << 32) - 1000  # of the streams, soon to pass what a word of the ledger can say
 LOG = 9 * PAGE
-MOST = 1 << 16
+MOST = SIZE
 
 
 class Kind(NamedTuple):
@@ -211,6 +212,13 @@ class Scene:
                 self.got += used.length
             else:
                 assert used.length == 0
+
+    def spoil(self, rng: random.Random) -> None:
+        """Write anything anywhere into the ring, most of it where it matters."""
+        for addr in (self.driver.desc_addr, self.driver.avail_addr, self.driver.used_addr):
+            for _ in range(rng.randint(0, 6)):
+                data = rng.choice([rng.randbytes(2), b"\xff\xff", b"\0\0", b"\x80\0"])
+                self.guest.write(addr + 2 * rng.randint(0, 8), data)
 
     # The device
 
@@ -642,3 +650,38 @@ def test_nothing_is_lost_or_doubled_by_workers_killed_at_random(kind: Kind, writ
         assert (rest, it.process.returncode) == (b"", 0)
         kept = Journal(it.journal)
         assert it.got == (kept.input.tail if writable else kept.output.head)
+
+
+# A guest that writes what it likes into its ring
+
+
+@STORES
+@KINDS
+@BOTH
+def test_whatever_a_guest_does_to_its_ring_breaks_that_ring_at_most(
+    scene: MakeScene, kind: Kind, writable: bool
+) -> None:
+    """Who goes on in such a ring finds an error of the guest's, or what may be a buffer."""
+    it = scene(kind, EVENT_IDX, way="mixed", writable=writable)
+    wrong = 0
+    for turn in range(4):
+        it.reap()
+        it.offer()
+        known = it.known()
+        serve = partial(it.serve, it.queue, it.stream, turn % 3)
+        states = it.watch(serve)
+        for state in states[::3]:
+            for seed in range(4):
+                it.restore(state, known)
+                it.spoil(random.Random(seed))
+                for _ in range(2):  # who is killed leaves something to go on from
+                    queue, stream = it.succeed(it.committed())
+                    before = stream.head
+                    try:
+                        it.serve(queue, stream, 2)
+                    except GuestError:
+                        wrong += 1
+                        queue.publish()
+                    assert before <= stream.head <= before + 100 * MOST
+        it.restore(states[-1], known)
+    assert wrong > 10
