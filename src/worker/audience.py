@@ -36,9 +36,6 @@ from .poller import HUP, IN, OUT, Poller, Timer
 #: How long a client that will not type any more is kept without taking anything.
 _GRACE_S = 1.0
 
-#: How long arrivals wait when the system has no room for them.
-_NO_ROOM_S = 1.0
-
 #: The first client's share of one round, in bytes.
 _MOST_PER_ROUND = 1 << 20
 
@@ -201,8 +198,7 @@ class Audience:
 
     `connect` makes those from a descriptor, and for a successor a name. `changed` hears of every
     come and go, `resized` of every other size of the port. `records` are 32768 bytes, zeros at
-    first, which a successor has too; without them nobody else ever goes on here. `most` are let in,
-    up to 256.
+    first, which a successor has too. `most` are let in, up to 256.
 
     A successor goes on with what was `saved` last and the descriptors in it, by key, which are its
     own from here on; a client that was let go since is gone. Seats that came or went make an
@@ -219,8 +215,8 @@ class Audience:
         changed: Callable[[], None],
         resized: Callable[[], None],
         *,
+        records: memoryview,
         connect: Connect = nobody,
-        records: memoryview | None = None,
         saved: Saved | None = None,
         fds: Mapping[int, int] | None = None,
         most: int = _MOST_CLIENTS,
@@ -234,9 +230,7 @@ class Audience:
         self._resized = resized
         self._connect = connect
         self._most = most
-        self._alone = records is None
-        self._records = memoryview(bytearray(8 * _WORDS)) if records is None else records
-        self._words = self._records.cast("Q")
+        self._words = records.cast("Q")
         self._under_way = port.under_way = self._words[_UNDER_WAY]
         self.unsettled = False
         self._fixed = saved.fixed if saved else (0, 0)  # a size that no client decides
@@ -246,11 +240,12 @@ class Audience:
         self._seats: list[_Seat] = []
         self._stall = poller.timer(self._stalled)
         self._stall_mark = 0  # where the holder was when that was started
-        self._no_room = poller.timer(self._listen)
         self._restored: list[_Seat] = []  # who is not served yet
         if saved is not None:
             self._restore(saved.seats, fds or {})
-        self._listen()
+        self._bell = endpoint.fileno() if endpoint else None
+        if self._bell is not None:
+            poller.watch(self._bell, self._arrive)
         self._let_in()
 
     @property
@@ -366,11 +361,6 @@ class Audience:
             return  # else it was gone before it could be set up
         self._admit(client, key)
 
-    def _listen(self) -> None:
-        fd = self._endpoint.fileno() if self._endpoint else None
-        if fd is not None:
-            self._poller.watch(fd, self._arrive)
-
     def _arrive(self, _: int) -> None:
         self._see_off()
         self._let_in()
@@ -382,11 +372,7 @@ class Audience:
             while (client := self._endpoint.accept()) is not None:
                 self._admit(client, None)
         except OSError as error:
-            self._log.warning("cannot take another client, next try in a second: %s", error)
-            fd = self._endpoint.fileno()
-            if fd is not None:
-                self._poller.forget(fd)
-                self._no_room.start(_NO_ROOM_S)
+            self._log.warning("port %d: who came cannot be served: %s", self._port.id, error)
 
     def _see_off(self) -> None:
         """Let those go who leave at the moment at which another comes, who is not their watcher."""
@@ -424,8 +410,6 @@ class Audience:
         self._port.attended = True
         self.decide_size()
         self._unsettle()
-        if self._alone:
-            self.settle()
 
     def _new_seat(self, client: Client, told: Seat) -> _Seat:
         grace = self._poller.timer(lambda: self._out_of_grace(seat))
@@ -433,7 +417,7 @@ class Audience:
         return seat
 
     def _unsettle(self) -> None:
-        self.unsettled = not self._alone
+        self.unsettled = True
         self._changed()
 
     def _serve_from_now_on(self, seat: _Seat) -> None:
@@ -523,7 +507,7 @@ class Audience:
     def fix_size(self, columns: int, rows: int) -> None:
         """Give the port this size, whatever its clients' is; 0 x 0 lets them decide again."""
         self._fixed = (columns, rows)
-        self.unsettled = not self._alone
+        self.unsettled = True
         self.decide_size()
 
     def decide_size(self) -> None:
@@ -713,8 +697,9 @@ class Audience:
     def dismiss(self) -> bool:
         """Take in nobody and nothing any more; return whether everyone is served and has gone.
 
-        They stay for what there is, as long as they take it.
+        They stay for what there is, as long as they take it: no successor has them.
         """
+        self.settle()
         self._stop_listening()
         for seat in [*self._seats]:
             self._ended(seat)
@@ -738,7 +723,5 @@ class Audience:
             self._endpoint.abandon()
 
     def _stop_listening(self) -> None:
-        self._no_room.stop()
-        fd = self._endpoint.fileno() if self._endpoint else None
-        if fd is not None:
-            self._poller.forget(fd)
+        if self._bell is not None:
+            self._poller.forget(self._bell)

@@ -10,15 +10,16 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from vhost_device_console.journal import Input, Output
 from vhost_device_console.worker import audience
-from vhost_device_console.worker.audience import Audience
-from vhost_device_console.worker.backends import unix
+from vhost_device_console.worker.audience import Audience, Saved
 from vhost_device_console.worker.backends.base import Client, Endpoint
-from vhost_device_console.worker.backends.stream import StreamClient
+from vhost_device_console.worker.backends.stream import StreamClient, adopt
 from vhost_device_console.worker.console.port import Inlet, Port
 from vhost_device_console.worker.poller import Poller, Timer
 
@@ -53,7 +54,7 @@ class Door:
     def __init__(self) -> None:
         self.waiting: deque[Client] = deque()
         self.error: OSError | None = None
-        self.asked = 0
+        self.abandoned = False
         self._event = os.eventfd(0, os.EFD_NONBLOCK)
 
     def fileno(self) -> int:
@@ -64,7 +65,6 @@ class Door:
         os.eventfd_write(self._event, 1)
 
     def accept(self) -> Client | None:
-        self.asked += 1
         if self.error is not None:
             error, self.error = self.error, None
             raise error
@@ -78,6 +78,9 @@ class Door:
         os.close(self._event)
         for client in self.waiting:
             client.close()
+
+    def abandon(self) -> None:
+        self.abandoned = True
 
 
 class Odd(StreamClient):
@@ -184,40 +187,82 @@ class Lines(logging.Handler):
 
 
 class Hall:
-    """One port with its audience."""
+    """One port with its audience, and the memory that a successor has too."""
 
-    def __init__(self, ends: ExitStack, endpoint: Endpoint | None = None) -> None:
-        output, input_ = (memoryview(bytearray(SIZE)) for _ in range(2))
-        words = memoryview(bytearray(64)).cast("Q")
+    def __init__(self, ends: ExitStack, endpoint: Endpoint | None = None, most: int = 256) -> None:
         self.ends = ends
-        self.port = Port(0, "console0", Output(output, words), Input(input_, words), console=True)
-        self.poller = Stepped()
-        ends.callback(self.poller.close)
-        self.door = Door()
-        if endpoint is not None:
-            ends.callback(self.door.close)
+        self._rings = [memoryview(bytearray(SIZE)) for _ in range(2)]
+        self._words = memoryview(bytearray(64)).cast("Q")
+        self.records = memoryview(bytearray(32768))
+        self.endpoint = endpoint
+        self.most = most
+        self.kind: type[StreamClient] = StreamClient
+        self.client: StreamClient | None = None
+        self.held: dict[int, int] = {}  # the master's
+        self.keys = count()
+        self.pollers: list[Poller] = []
         self.log = Lines()
-        logger = logging.Logger("test")
-        logger.addHandler(self.log)
         self.changes = 0
         self.sizes: list[tuple[int, int]] = []
-        self.closed = False
+        self.closed = True
+        self.begin()
+        ends.callback(self.close)
+
+    def begin(self, saved: Saved | None = None) -> None:
+        """Begin with an audience, or go on with one."""
+        output, input_ = self._rings
+        self.port = Port(
+            0, "console0", Output(output, self._words), Input(input_, self._words), console=True
+        )
+        self.poller = Stepped()
+        self.pollers.append(self.poller)
+        logger = logging.Logger("test")
+        logger.addHandler(self.log)
+        seats = saved.seats if saved else []
+        fds = {seat.key: os.dup(self.held[seat.key]) for seat in seats if seat.key is not None}
+        if not self.closed:
+            self._die()
         self.audience = Audience(
             self.port,
-            endpoint or self.door,
+            self.endpoint,
             self.poller,
             200,
             logging.LoggerAdapter(logger, {}),
             self.changed,
             self.resized,
+            records=self.records,
+            connect=self.make,
+            saved=saved,
+            fds=fds,
+            most=self.most,
         )
-        ends.callback(self.close)
+        self.closed = False
+
+    def succeed(self) -> None:
+        """Have a successor go on with what is saved now."""
+        self.begin(self.audience.save())
+        self.audience.adopt()
+
+    def _die(self) -> None:
+        """Close the clients' descriptors as the system does it, without a word."""
+        for seat in self.audience._seats:  # noqa: SLF001
+            assert isinstance(seat.client, StreamClient)
+            os.close(seat.client.writes)
+            seat.client._sock.close()  # noqa: SLF001
+
+    def make(self, fd: int, _: str) -> StreamClient:
+        self.client = adopt(fd, lambda sock: self.kind(sock, "test"))
+        return self.client
 
     def close(self) -> None:
         """Close the audience, unless the test did."""
         if not self.closed:
             self.closed = True
             self.audience.close()
+            while self.held:
+                os.close(self.held.popitem()[1])
+            while self.pollers:
+                self.pollers.pop().close()
 
     def changed(self) -> None:
         self.changes += 1
@@ -233,10 +278,18 @@ class Hall:
         self.ends.enter_context(user)
         for end in (ours, user):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4608)
-        client = kind(ours, "test")
-        self.door.arrive(client)
+        self.kind = kind
+        self.arrive(ours)
         self.settle()
-        return client, user
+        assert self.client is not None
+        return self.client, user
+
+    def arrive(self, ours: socket.socket) -> int:
+        """Have the master send a client; return its key."""
+        key = next(self.keys)
+        self.held[key] = os.dup(ours.fileno())
+        self.audience.arrive(ours.detach(), key)
+        return key
 
     def join(self) -> socket.socket:
         return self.connect()[1]
@@ -244,8 +297,16 @@ class Hall:
     def settle(self) -> None:
         """Let happen what can."""
         for _ in range(8):
+            if self.audience.unsettled:
+                self.commit()
             self.audience.flush()
             self.poller.step()
+
+    def commit(self) -> None:
+        """Let the master close what the audience does not name any more."""
+        for key in {*self.held} - {*self.audience.keys()}:
+            os.close(self.held.pop(key))
+        self.audience.settle()
 
     def write(self, data: bytes) -> None:
         """Put output into the journal, in pieces, with a flush after each."""
@@ -423,8 +484,7 @@ def test_what_was_written_to_one_who_left_meanwhile_is_the_next_clients(hall: Ha
     user.close()
     ours, after = socket.socketpair()
     hall.ends.enter_context(after)
-    hall.door.arrive(StreamClient(ours, "after"))
-    hall.audience._arrive(0)  # noqa: SLF001 (the loop may say this before the hangup)
+    hall.arrive(ours)  # the master may say this before the loop says the hangup
     assert hall.read(after) == b"to nobody"
 
 
@@ -685,42 +745,75 @@ def test_closing_lets_everyone_go(hall: Hall) -> None:
 # Arriving
 
 
-def test_no_room_for_a_client_stops_listening_and_tries_again(hall: Hall) -> None:
-    hall.door.error = OSError(errno.EMFILE, "Too many open files")
-    _, user = hall.connect()
-    assert "Too many open files" in hall.log.text
-    asked = hall.door.asked
-    hall.settle()
-    assert hall.door.asked == asked
-    assert hall.poller.fire() == 1
-    hall.settle()
-    hall.write(b"welcome")
-    assert hall.read(user) == b"welcome"
+@pytest.fixture
+def door() -> Iterator[tuple[Hall, Door]]:
+    """Give a hall to which clients come by themselves, as to a pty."""
+    with ExitStack() as ends:
+        door = Door()
+        yield Hall(ends, door), door
 
 
-def test_who_was_there_before_is_served_while_there_is_no_room(hall: Hall) -> None:
-    user = hall.join()
-    hall.door.error = OSError(errno.EMFILE, "Too many open files")
-    hall.connect()
+def come(hall: Hall, door: Door) -> socket.socket:
+    ours, user = socket.socketpair()
+    hall.ends.enter_context(user)
+    door.arrive(StreamClient(ours, "by itself"))
+    hall.settle()
+    return user
+
+
+def test_who_comes_by_itself_is_served(door: tuple[Hall, Door]) -> None:
+    user = come(*door)
+    door[0].write(b"welcome")
+    assert door[0].read(user) == b"welcome"
+    assert door[0].audience.keys() == []
+
+
+def test_no_room_for_who_comes_by_itself_hurts_nobody_else(door: tuple[Hall, Door]) -> None:
+    hall, end = door
+    first = come(hall, end)
+    end.error = OSError(errno.EMFILE, "Too many open files")
+    second = come(hall, end)
+    assert "who came cannot be served: [Errno 24] Too many open files" in hall.log.text
     hall.write(b"served")
-    assert hall.read(user) == b"served"
+    assert [hall.read(user) for user in (first, second)] == [b"served"] * 2
+
+
+def test_no_room_for_who_arrives_is_told_and_ends_the_connection(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = hall.join()
+
+    def full(_: int) -> NoReturn:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    ours, user = socket.socketpair()
+    with monkeypatch.context() as patch, user, ours:
+        fd = os.dup(ours.fileno())
+        patch.setattr(os, "dup", full)
+        hall.audience.arrive(fd, 99)
+        assert gone(user)
+    assert hall.audience.keys() == [0]
+    assert "a client was turned away: [Errno 24] Too many open files" in hall.log.text
+    hall.write(b"served")
+    assert hall.read(other) == b"served"
 
 
 @pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a port have three clients."""
-    monkeypatch.setattr(audience, "_MOST_CLIENTS", 3)
+def few() -> Iterator[Hall]:
+    """Give a hall for three clients."""
+    with ExitStack() as ends:
+        yield Hall(ends, most=3)
 
 
-@pytest.mark.usefixtures("few")
-def test_one_client_too_many_is_turned_away(hall: Hall) -> None:
-    users = [hall.join() for _ in range(4)]
+def test_one_client_too_many_is_turned_away(few: Hall) -> None:
+    users = [few.join() for _ in range(4)]
     assert [gone(user) for user in users] == [False, False, False, True]
-    assert "turned away: 3 others are here" in hall.log.text
+    assert "turned away: 3 others are here" in few.log.text
+    assert few.audience.keys() == [0, 1, 2]
 
 
-@pytest.mark.usefixtures("few")
-def test_one_client_too_many_takes_the_place_of_the_oldest_that_left(hall: Hall) -> None:
+def test_one_client_too_many_takes_the_place_of_the_oldest_that_left(few: Hall) -> None:
+    hall = few
     hall.port.input.fed(SIZE)
     clients = []
     for data in (b"stays", b"first", b"second"):
@@ -740,8 +833,8 @@ def test_one_client_too_many_takes_the_place_of_the_oldest_that_left(hall: Hall)
     assert hall.take() == b"stayssecond"
 
 
-@pytest.mark.usefixtures("few")
-def test_who_is_gone_makes_room_before_who_only_ended_its_input(hall: Hall) -> None:
+def test_who_is_gone_makes_room_before_who_only_ended_its_input(few: Hall) -> None:
+    hall = few
     hall.port.input.fed(SIZE)
     waits, leaves, _ = hall.join(), hall.join(), hall.join()
     for user in (waits, leaves):
@@ -762,14 +855,15 @@ def real(folder: Path) -> Iterator[tuple[Hall, Callable[[], socket.socket]]]:
     """Give a hall with a real listener, and a function that connects to it."""
     path = str(folder / "s")
     with ExitStack() as ends:
-        listener = socket.socket(socket.AF_UNIX)
+        listener = ends.enter_context(socket.socket(socket.AF_UNIX))
         listener.bind(path)
         listener.listen()
-        hall = Hall(ends, unix.endpoint(listener.detach()))
+        hall = Hall(ends)
 
         def call() -> socket.socket:
             user = ends.enter_context(socket.socket(socket.AF_UNIX))
             user.connect(path)
+            hall.arrive(listener.accept()[0])
             return user
 
         yield hall, call
@@ -802,6 +896,269 @@ def test_who_comes_as_another_leaves_is_the_first(
     user = call()
     hall.settle()
     assert hall.read(user) == b"unseen"
+
+
+# A successor
+
+
+def test_nothing_is_read_or_written_before_a_successor_would_know(hall: Hall) -> None:
+    hall.write(b"replay")
+    ours, user = socket.socketpair()
+    hall.ends.enter_context(user)
+    user.send(b"typed")
+    hall.arrive(ours)
+    for _ in range(3):
+        hall.audience.flush()
+        hall.poller.step()
+    assert hall.audience.unsettled
+    assert (take(user), len(hall.port.input)) == (b"", 0)
+    hall.settle()
+    assert (take(user), hall.port.input.copy()) == (b"replay", b"typed")
+
+
+def test_a_seat_that_nobody_was_told_of_arrives_again_and_hears_everything_once(hall: Hall) -> None:
+    hall.write(b"replay")
+    before = hall.audience.save()
+    ours, user = socket.socketpair()
+    hall.ends.enter_context(user)
+    again = ours.dup()
+    hall.arrive(ours)
+    hall.audience.flush()
+    hall.begin(before)
+    hall.audience.adopt()
+    hall.arrive(again)
+    assert hall.read(user) == b"replay"
+
+
+def test_clients_go_on_in_the_order_in_which_they_came(hall: Hall) -> None:
+    users = [hall.join() for _ in range(3)]
+    users.pop(0).close()
+    hall.settle()
+    users.append(hall.join())
+    hall.write(b"before ")
+    hall.succeed()
+    hall.write(b"after")
+    assert [hall.read(user) for user in users] == [
+        b"before after",
+        b"before after",
+        b"before after",
+    ]
+    assert hall.audience.keys() == [1, 2, 3]
+    assert hall.port.attended
+
+
+def test_what_is_pending_is_the_successor_s_to_give(hall: Hall) -> None:
+    hall.write(b"before ")
+    one, two = hall.join(), hall.join()
+    append(hall, b"pending")
+    hall.succeed()
+    assert (hall.read(one), hall.read(two)) == (b"before pending", b"pending")
+
+
+def test_a_gap_met_before_is_told_once_and_one_met_after_too(hall: Hall) -> None:
+    user = hall.join()
+    sent = os.urandom(20 * SIZE)
+    hall.write(sent)
+    missed = hall.port.missed
+    assert missed > 0
+    hall.succeed()
+    assert hall.port.missed == 0
+    got = hall.read(user)
+    at = len(sent) - SIZE - missed
+    assert got == sent[:at] + marker(missed) + sent[-SIZE:]
+    assert hall.port.missed == 0
+
+
+def test_a_gap_after_a_death_is_counted(hall: Hall) -> None:
+    hall.join()
+    hall.succeed()
+    for _ in range(3):
+        append(hall, bytes(SIZE))
+    assert hall.port.missed == 2 * SIZE
+
+
+def test_the_fixed_size_stays(hall: Hall) -> None:
+    hall.audience.fix_size(200, 50)
+    assert hall.audience.unsettled
+    hall.succeed()
+    assert (hall.port.size, hall.port.size_by) == ((200, 50), "resize")
+
+
+def test_a_half_closed_client_s_time_begins_anew(hall: Hall) -> None:
+    user = hall.join()
+    user.send(b"question")
+    user.shutdown(socket.SHUT_WR)
+    hall.settle()
+    hall.succeed()
+    hall.write(b"answer")
+    assert hall.read(user) == b"answer"
+    assert hall.poller.fire() == 1
+    assert hall.poller.fire() == 1
+    assert gone(user)
+    assert hall.port.input.copy() == b"question"
+
+
+def test_one_whose_input_waits_and_who_takes_no_output_goes_on_so(hall: Hall) -> None:
+    hall.port.input.fed(SIZE)
+    user = hall.join()
+    user.send(b"last words")
+    user.close()
+    hall.settle()
+    assert not hall.port.watchers
+    hall.succeed()
+    assert not hall.port.watchers
+    hall.port.input.consume(SIZE)
+    hall.audience.resume()
+    hall.settle()
+    assert hall.take() == b"last words"
+    assert hall.audience.keys() == []
+
+
+def test_who_was_let_go_before_a_successor_was_told_is_gone(hall: Hall) -> None:
+    user, other = hall.join(), hall.join()
+    before = hall.audience.save()
+    user.close()
+    for _ in range(4):
+        hall.audience.flush()
+        hall.poller.step()
+    assert hall.audience.keys() == [1]
+    changes = hall.changes
+    hall.begin(before)
+    hall.audience.adopt()
+    assert (hall.audience.keys(), hall.audience.unsettled) == ([1], True)
+    assert hall.changes > changes
+    hall.write(b"on")
+    assert hall.read(other) == b"on"
+
+
+def test_a_place_that_another_has_taken_is_not_the_first_one_s_any_more(hall: Hall) -> None:
+    """The one who left is closed, whoever came then arrives anew; nobody has the other's record."""
+    user = hall.join()
+    hall.write(b"seen")
+    before = hall.audience.save()
+    held = os.dup(hall.held[0])
+    user.close()
+    for _ in range(4):
+        hall.audience.flush()
+        hall.poller.step()
+    hall.write(b"unseen")
+    ours, newcomer = socket.socketpair()
+    hall.ends.enter_context(newcomer)
+    again = ours.dup()
+    hall.arrive(ours)
+    hall.held[0] = held
+    hall.begin(before)
+    hall.audience.adopt()
+    assert hall.audience.keys() == []
+    hall.arrive(again)
+    assert hall.read(newcomer) == b"unseen"
+
+
+def test_who_hung_up_while_nobody_was_there_leaves_as_ever(hall: Hall) -> None:
+    user = hall.join()
+    hall.write(b"seen")
+    user.recv(4)
+    user.send(b"last words")
+    user.close()
+    append(hall, b"unseen")
+    hall.succeed()
+    hall.settle()
+    assert hall.take() == b"last words"
+    assert not hall.port.watchers
+
+
+def test_who_was_put_elsewhere_in_the_output_is_there_for_a_successor(hall: Hall) -> None:
+    user = hall.join()
+    hall.audience.freeze()
+    hall.write(b"gone with the guest")
+    hall.port.forget()
+    hall.succeed()
+    hall.write(b"here")
+    assert hall.read(user) == b"here"
+
+
+def test_output_that_does_not_count_is_given_when_it_does(hall: Hall) -> None:
+    """Put elsewhere by what is undone, a reader goes on where the output ends."""
+    user = hall.join()
+    hall.write(b"counts")
+    assert hall.read(user) == b"counts"
+    append(hall, b", does not")
+    hall.port.forget()
+    hall.port.output.go_back(6)
+    hall.succeed()
+    hall.write(b", does")
+    assert hall.read(user) == b", does"
+
+
+def test_one_who_comes_by_itself_goes_on(door: tuple[Hall, Door]) -> None:
+    hall, end = door
+    ours, user = socket.socketpair()
+    hall.ends.enter_context(user)
+    again = ours.dup()
+    end.arrive(StreamClient(ours, "by itself"))
+    hall.settle()
+    hall.write(b"before")
+    append(hall, b" after")
+    end.arrive(StreamClient(again, "by itself"))
+    hall.succeed()
+    assert hall.read(user) == b"before after"
+    assert [seat.key for seat in hall.audience.save().seats] == [None]
+
+
+def test_one_who_comes_by_itself_after_another_left_is_a_new_one(door: tuple[Hall, Door]) -> None:
+    hall, end = door
+    user = come(hall, end)
+    hall.write(b"seen")
+    before = hall.audience.save()
+    user.close()
+    hall.settle()
+    ours, newcomer = socket.socketpair()
+    hall.ends.enter_context(newcomer)
+    end.arrive(StreamClient(ours, "another"))
+    append(hall, b"unseen")
+    hall.begin(before)
+    hall.audience.adopt()
+    assert hall.read(newcomer) == b"unseen"
+
+
+def test_one_who_came_by_itself_and_is_not_there_any_more_is_gone(door: tuple[Hall, Door]) -> None:
+    hall, end = door
+    come(hall, end)
+    hall.succeed()
+    assert (hall.audience.save().seats, hall.port.attended) == ([], False)
+    assert hall.audience.unsettled
+
+
+def test_one_for_whom_there_is_no_room_any_more_is_told_of(
+    hall: Hall, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hall.join()
+
+    def full(fd: int, _: str) -> NoReturn:
+        os.close(fd)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(hall, "make", full)
+    hall.succeed()
+    assert "cannot stay: [Errno 24] Too many open files" in hall.log.text
+    assert (hall.audience.keys(), hall.port.watchers) == ([], [])
+
+
+def test_leaving_everything_as_it_is_touches_nobody(door: tuple[Hall, Door]) -> None:
+    hall, end = door
+    user = come(hall, end)
+    hall.audience.abandon()
+    assert end.abandoned
+    assert not gone(user)
+
+
+def test_who_is_let_go_hears_of_it_though_the_master_has_the_descriptor(hall: Hall) -> None:
+    user = hall.join()
+    user.shutdown(socket.SHUT_WR)
+    hall.settle()
+    hall.poller.fire()
+    assert hall.held
+    assert gone(user)
 
 
 # The guest waits
@@ -1213,6 +1570,62 @@ def test_a_guest_that_closes_its_port_finds_the_rest_when_it_is_back(desk: Desk)
     assert (bytes(room[:5]), desk.queue.used, desk.port.input.copy()) == (b"taken", [5], b"kept")
     desk.port.give_input(desk.queue, 64)
     assert bytes(rest[:4]) == b"kept"
+
+
+class Untold:
+    """A guest's ring, and a worker that dies once bytes are in its buffer."""
+
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    def die(self, move: Callable[[], int]) -> None:
+        tail, head = self.desk.port.input.tail, self.desk.port.input.head
+        move()
+        self.desk.queue.used.clear()  # nothing of that was committed
+        self.desk.port.input.go_back(tail)
+        self.desk.port.input.head = head
+        raise InterruptedError
+
+
+@pytest.mark.parametrize("with_ring", [True, False])
+def test_what_was_read_into_a_buffer_is_handed_on_or_its_loss_is_told(
+    desk: Desk, with_ring: bool
+) -> None:
+    user = desk.join()
+    room = desk.queue.room(16)
+    untold = Untold(desk)
+    assert desk.port.inlet is not None
+    desk.port.inlet = desk.port.inlet._replace(serve=untold.die)
+    user.send(b"typed")
+    with pytest.raises(InterruptedError):
+        desk.poller.step()
+    again = memoryview(room)
+    desk.begin(desk.audience.save())
+    if with_ring:
+        desk.queue.given.append(Buffer(0, 16, [again]))
+        desk.port.inlet = Inlet(desk.queue, lambda: True, lambda move: void(move()))
+    desk.audience.adopt()
+    if with_ring:
+        assert (desk.queue.used, bytes(room[:5])) == ([5], b"typed")
+        assert (desk.port.input.tail, len(desk.port.input)) == (5, 0)
+    else:
+        assert "5 bytes that test typed are lost: the guest's buffers are gone" in desk.log.text
+
+
+def test_a_read_of_which_nothing_is_known_is_told_of(desk: Desk) -> None:
+    desk.join()
+    port = desk.port
+    with pytest.raises(InterruptedError):
+        port.receive(interrupted)
+    desk.succeed()
+    assert "what test typed last may be lost with its worker" in desk.log.text
+    desk.log.text = ""
+    desk.succeed()
+    assert desk.log.text == ""
+
+
+def interrupted(_: list[memoryview]) -> NoReturn:
+    raise InterruptedError
 
 
 def test_while_the_guest_moves_nothing_goes_into_its_buffers(desk: Desk) -> None:

@@ -60,7 +60,7 @@ class Client(Protocol):
 
 
 class Endpoint(Protocol):
-    """Where the clients of one port arrive."""
+    """Where the clients of one port arrive whom the master does not accept."""
 
     def fileno(self) -> int | None:
         """Return the descriptor that is readable when clients arrive, None when none ever does."""
@@ -68,7 +68,7 @@ class Endpoint(Protocol):
     def accept(self) -> Client | None:
         """Return a client that has arrived, None when there is none (yet).
 
-        Raises OSError when the system has no room for one.
+        Raises OSError when the system has no room for one; it is looked for again at the next.
         """
 
     def close(self) -> None:

@@ -53,7 +53,11 @@ class PtyClient:
     def __init__(self, fd: int, name: str, *, over: bool) -> None:
         self.name = name
         self.reads = os.dup(fd)
-        self.writes = os.dup(fd)
+        try:
+            self.writes = os.dup(fd)
+        except OSError:
+            os.close(self.reads)
+            raise
         self.over = over
 
     def read(self, into: list[memoryview]) -> int | None:

@@ -7,7 +7,6 @@ let go is told by a shutdown, not by the last descriptor's close.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import socket
@@ -112,37 +111,3 @@ def adopt(fd: int, client: Callable[[socket.socket], Made]) -> Made:
             sock.shutdown(socket.SHUT_RDWR)
         sock.close()
         raise
-
-
-class StreamEndpoint:
-    """A listening socket, made by the master."""
-
-    def __init__(self, fd: int, client: Callable[[socket.socket], StreamClient]) -> None:
-        self._sock = socket.socket(fileno=fd)
-        self._sock.setblocking(False)
-        self._client = client
-
-    def fileno(self) -> int:
-        """Return the listening descriptor."""
-        return self._sock.fileno()
-
-    def accept(self) -> StreamClient | None:
-        """See `Endpoint.accept`."""
-        try:
-            sock, _ = self._sock.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return None
-        try:
-            return self._client(sock)
-        except OSError as error:
-            sock.close()
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise
-            return None  # gone before it could be set up
-
-    def close(self) -> None:
-        """Close the listener."""
-        self._sock.close()
-
-    def abandon(self) -> None:
-        """Do nothing: nothing of ours stays changed."""

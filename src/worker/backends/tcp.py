@@ -7,7 +7,7 @@ import select
 import socket
 import struct
 
-from .stream import StreamClient, StreamEndpoint, adopt
+from .stream import StreamClient, adopt
 
 # A client that vanished without a word is noticed after about a minute and a half of silence. With
 # output on its way it is the system's own patience (tcp_retries2, a quarter of an hour): a shorter
@@ -81,8 +81,3 @@ class TcpClient(StreamClient):
 def client(fd: int, name: str = "") -> TcpClient:
     """Return the client of a connected TCP socket, and own it; see `stream.adopt`."""
     return adopt(fd, lambda sock: TcpClient(sock, name))
-
-
-def endpoint(fd: int) -> StreamEndpoint:
-    """Return the endpoint of a listening TCP socket, and own it."""
-    return StreamEndpoint(fd, TcpClient)

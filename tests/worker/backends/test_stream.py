@@ -1,19 +1,17 @@
-"""What stream clients and their endpoints have in common, over unix sockets."""
+"""What stream clients have in common, over unix sockets."""
 
 from __future__ import annotations
 
 import errno
 import mmap
 import os
-import resource
 import socket
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import NoReturn
 
 import pytest
 from vhost_device_console.errors import FrontendError
-from vhost_device_console.worker.backends.stream import StreamClient, StreamEndpoint
+from vhost_device_console.worker.backends.stream import StreamClient, adopt
 
 
 @pytest.fixture
@@ -156,101 +154,45 @@ def test_what_was_typed_and_not_read_would_be_lost(pair: Pair) -> None:
     assert client.unread() == 3
 
 
-# Endpoints
+def test_who_is_let_go_hears_of_it_though_another_has_the_descriptor(pair: Pair) -> None:
+    client, user = pair
+    with socket.socket(fileno=os.dup(client.reads)):
+        client.close()
+        assert user.recv(16) == b""
 
 
-@pytest.fixture
-def path(folder: Path) -> str:
-    return str(folder / "s")
+def test_what_was_written_arrives_though_input_was_never_read(pair: Pair) -> None:
+    client, user = pair
+    user.send(b"typed")
+    client.write(b"written")
+    client.close()
+    assert (user.recv(16), user.recv(16)) == (b"written", b"")
 
 
-@pytest.fixture
-def listener(path: str) -> int:
-    """Give a listening descriptor that the endpoint may own."""
-    sock = socket.socket(socket.AF_UNIX)
-    sock.bind(path)
-    sock.listen()
-    fd = os.dup(sock.fileno())
-    sock.close()
-    return fd
+def test_a_unix_socket_has_no_totals(pair: Pair) -> None:
+    assert pair[0].totals() is None
 
 
-Make = Callable[[socket.socket], StreamClient]
+# Taking over connections
 
 
-def plain(sock: socket.socket) -> StreamClient:
-    return StreamClient(sock, "test")
+def test_a_connection_is_owned() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        client = adopt(ours.detach(), lambda sock: StreamClient(sock, "test"))
+        client.write(b"welcome")
+        assert theirs.recv(16) == b"welcome"
+        client.close()
+        assert theirs.recv(16) == b""
 
 
-def call(path: str) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX)
-    sock.connect(path)
-    return sock
+def test_a_connection_that_cannot_be_set_up_is_ended_though_another_has_it() -> None:
+    ours, theirs = socket.socketpair()
 
-
-def test_nobody_has_arrived_at_first(listener: int) -> None:
-    endpoint = StreamEndpoint(listener, plain)
-    assert endpoint.accept() is None
-    endpoint.close()
-
-
-def test_everybody_who_arrived_is_accepted_in_turn(listener: int, path: str) -> None:
-    endpoint = StreamEndpoint(listener, plain)
-    with call(path) as one, call(path) as two:
-        for sock, data in ((one, b"one"), (two, b"two")):
-            client = endpoint.accept()
-            assert client is not None
-            client.write(data)
-            assert sock.recv(16) == data
-            client.close()
-    assert endpoint.accept() is None
-    endpoint.close()
-
-
-def test_a_client_who_left_before_it_was_set_up_is_nobody(listener: int, path: str) -> None:
     def gone(_: socket.socket) -> StreamClient:
         raise OSError(errno.ENOTCONN, "not connected")
 
-    endpoint = StreamEndpoint(listener, gone)
-    with call(path) as user:
-        assert endpoint.accept() is None
-        assert user.recv(16) == b""
-    endpoint.close()
-
-
-def test_no_room_for_a_client_is_an_error_that_leaves_it_waiting(listener: int, path: str) -> None:
-    endpoint = StreamEndpoint(listener, plain)
-    with call(path) as user:
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        lowest_free = os.dup(0)
-        os.close(lowest_free)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
-        try:
-            with pytest.raises(OSError, match="Too many open files"):
-                endpoint.accept()
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        client = endpoint.accept()
-        assert client is not None
-        client.write(b"welcome")
-        assert user.recv(16) == b"welcome"
-        client.close()
-    endpoint.close()
-
-
-def test_no_room_for_a_clients_second_half_is_an_error_too(listener: int, path: str) -> None:
-    def half(_: socket.socket) -> StreamClient:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-    endpoint = StreamEndpoint(listener, half)
-    with call(path) as user:
-        with pytest.raises(OSError, match="Too many open files"):
-            endpoint.accept()
-        assert user.recv(16) == b""
-    endpoint.close()
-
-
-def test_a_closed_endpoint_accepts_nobody(listener: int, path: str) -> None:
-    StreamEndpoint(listener, plain).close()
-    with socket.socket(socket.AF_UNIX) as user, pytest.raises(ConnectionRefusedError):
-        user.connect(path)
+    with ours, theirs:
+        with pytest.raises(OSError, match="not connected"):
+            adopt(os.dup(ours.fileno()), gone)
+        assert theirs.recv(16) == b""

@@ -10,30 +10,24 @@ from collections.abc import Callable, Iterator
 import pytest
 from vhost_device_console.worker.backends import tcp
 from vhost_device_console.worker.backends.stream import StreamClient
+from vhost_device_console.worker.backends.tcp import TcpClient
 
 Wait = Callable[..., int]
 RESET = struct.pack("ii", 1, 0)
 
 
 @pytest.fixture
-def both(wait: Wait) -> Iterator[tuple[StreamClient, socket.socket]]:
+def both() -> Iterator[tuple[TcpClient, socket.socket]]:
     """Give an accepted client and its user's socket, of which the receive buffer is small."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    address = listener.getsockname()
-    endpoint = tcp.endpoint(listener.detach())
-    with socket.socket() as user:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as user:
         user.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        user.connect(address)
-        fd = endpoint.fileno()
-        wait(fd)
-        client = endpoint.accept()
-        assert client is not None
+        user.connect(listener.getsockname())
+        client = tcp.client(listener.accept()[0].detach())
         yield client, user
         client.close()
-    endpoint.close()
 
 
-Both = tuple[StreamClient, socket.socket]
+Both = tuple[TcpClient, socket.socket]
 
 
 def option(client: StreamClient, level: int, number: int) -> int:
@@ -160,3 +154,137 @@ def test_the_bytes_of_a_reset_client_add_up(both: Both, wait: Wait) -> None:
         info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
     (acknowledged,) = struct.unpack_from("=Q", info, 120)
     assert acknowledged + client.end_output() == written
+
+
+# What the system counts
+
+ROOM = memoryview(bytearray(1 << 16))
+
+
+def test_a_new_client_was_written_and_read_nothing(both: Both) -> None:
+    assert both[0].totals() == (0, 0)
+
+
+def test_what_was_written_counts_before_it_arrives_and_after(both: Both) -> None:
+    client, user = both
+    written = fill(client)
+    assert client.totals()[0] == written
+    assert len(user.recv(written, socket.MSG_WAITALL)) == written
+    assert client.totals()[0] == written
+
+
+def test_what_was_read_counts_and_what_waits_does_not(both: Both, wait: Wait) -> None:
+    client, user = both
+    user.send(bytes(100))
+    wait(client.reads)
+    assert client.totals()[1] == 0
+    client.read([ROOM[:30]])
+    assert client.totals()[1] == 30
+
+
+@pytest.mark.parametrize("read", [20, 100])
+def test_the_end_of_input_is_no_byte(both: Both, wait: Wait, read: int) -> None:
+    client, user = both
+    user.send(bytes(100))
+    user.shutdown(socket.SHUT_WR)
+    wait(client.reads, select.POLLRDHUP)
+    client.read([ROOM[:read]])
+    assert client.totals()[1] == read
+    client.read([ROOM])
+    client.read([ROOM])
+    assert client.totals()[1] == 100
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_reset_connection_still_has_its_totals(both: Both, wait: Wait, *, ended: bool) -> None:
+    client, user = both
+    client.write(bytes(70))
+    user.send(bytes(100))
+    wait(client.reads)
+    if ended:
+        user.recv(70, socket.MSG_WAITALL)  # else the end alone would be a reset
+        user.shutdown(socket.SHUT_WR)
+        wait(client.reads, select.POLLRDHUP)
+    client.read([ROOM[:30]])
+    reset(user)
+    wait(client.reads, 0)
+    assert client.totals() == (70, 30)
+
+
+def test_urgent_bytes_are_bytes(both: Both, wait: Wait) -> None:
+    client, user = both
+    user.send(b"on")
+    user.send(b"e", socket.MSG_OOB)
+    user.send(b" two")
+    got = 0
+    while got < 7:
+        wait(client.reads)
+        got += client.read([ROOM[got:]]) or 0
+    assert bytes(ROOM[:7]) == b"one two"
+    assert client.totals()[1] == 7
+
+
+def test_totals_are_taken_again_when_something_came_meanwhile(
+    both: Both, wait: Wait, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, user = both
+    unread = client.unread
+    sent = iter([b"meanwhile"])
+
+    def while_more_comes() -> int:
+        waiting = unread()
+        for data in sent:
+            user.send(data)
+            wait(client.reads)
+        return waiting
+
+    monkeypatch.setattr(client, "unread", while_more_comes)
+    assert client.totals() == (0, 0)
+
+
+# Over by the time it is taken over
+
+
+def test_one_that_is_gone_already_is_nobody(wait: Wait) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        user = socket.create_connection(listener.getsockname())
+        ours = listener.accept()[0]
+        reset(user)
+        wait(ours.fileno(), 0)
+        with pytest.raises(OSError, match="not connected"):
+            tcp.client(ours.detach())
+
+
+def test_one_that_has_a_name_is_taken_over_to_be_let_go(wait: Wait) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        user = socket.create_connection(listener.getsockname())
+        ours = listener.accept()[0]
+        user.send(b"last words")
+        reset(user)
+        wait(ours.fileno(), 0)
+        client = tcp.client(ours.detach(), "name")
+        assert (client.name, client.read([ROOM])) == ("name", 10)
+        client.close()
+
+
+def test_what_is_on_its_way_arrives_though_input_was_never_read(both: Both, wait: Wait) -> None:
+    """Closed without a shutdown and a look, the connection would be reset."""
+    client, user = both
+    written = fill(client)
+    user.send(b"never read")
+    wait(client.reads)
+    client.close()
+    assert len(user.recv(written, socket.MSG_WAITALL)) == written
+    assert user.recv(16) == b""
+
+
+def test_what_is_on_its_way_arrives_though_the_master_closes_later(both: Both, wait: Wait) -> None:
+    client, user = both
+    held = socket.socket(fileno=socket.dup(client.reads))
+    written = fill(client)
+    user.send(b"never read")
+    wait(client.reads)
+    client.close()
+    held.close()
+    assert len(user.recv(written, socket.MSG_WAITALL)) == written
+    assert user.recv(16) == b""
