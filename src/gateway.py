@@ -68,7 +68,8 @@ def _refuse_password() -> NoReturn:
 
 def _contents(fd: int, what: str) -> bytes:
     data = b""
-    while more := os.read(fd, LARGEST_FILE + 1 - len(data)):
+    # From its beginning, wherever an earlier gateway that had it too has read to.
+    while more := os.pread(fd, LARGEST_FILE + 1 - len(data), len(data)):
         data += more
     if not data or len(data) > LARGEST_FILE:
         raise ValueError(f"the {what} is {'too large' if data else 'empty'}")

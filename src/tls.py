@@ -140,19 +140,28 @@ class _Process:
 
 
 class _Port:
-    """A port with TLS: its listener is its endpoint's, `error` what there is against serving it."""
+    """A port with TLS: its listener is its endpoint's, `error` what there is against serving it.
+
+    Its files are open as long as it is there: a gateway that died may leave the daemon as a user
+    who cannot open them any more.
+    """
 
     def __init__(self, name: str, listener: int, port: Port, tls: Tls) -> None:
         self.name = name
         self.listener = listener
         self.most = port.max_clients
-        self.tls = tls
+        self.client_ca = tls.client_ca is not None
+        self.files = _open_files(tls)
         self.served = False
         self.error: str | None = None
 
+    def close(self) -> None:
+        for fd in self.files:
+            os.close(fd)
+
 
 class Gateway:
-    """The gateway's process, which is there once a port wants it and started again when it dies.
+    """The gateway's process: there once `start` was called and a port wants it, again if it dies.
 
     `came` is given each client: the guest's name, the port's id and the connection, which is its
     own then. `settle` is called in the new process once it needs no more files. The channel is
@@ -175,6 +184,7 @@ class Gateway:
         self._now: _Process | None = None
         self._retired: list[_Process] = []
         self._awaited: _Port | None = None
+        self._started = False
         for pid, fd in kept:
             os.set_inheritable(fd, False)
             self._retire(_Process(pid, socket.socket(fileno=fd)))
@@ -197,7 +207,7 @@ class Gateway:
     @property
     def deadline(self) -> float | None:
         """When `tick` is due, in seconds of time.monotonic; None when nothing is waited for."""
-        return self._supervisor.deadline if self._ports else None
+        return self._supervisor.deadline if self._started and self._ports else None
 
     def tick(self) -> None:
         """Start a gateway that died and is due."""
@@ -210,56 +220,73 @@ class Gateway:
     def serve(self, guest: str, port: Port, listener: int) -> None:
         """Have a port's clients come in by TLS at `listener`, which stays the caller's.
 
-        Waits until it is so. Raises ConfigError when its certificates cannot be used.
+        After `start` it waits until that is so. Raises ConfigError when its certificates cannot be
+        used.
         """
         backend = port.backend
         if not isinstance(backend, Network) or backend.tls is None:
             raise ValueError(f"port {port.id} of {guest} has no TLS")
         key = guest, port.id
         entry = _Port(f"{guest}: port {port.id}", listener, port, backend.tls)
-        for fd in _open_files(entry.tls):
-            os.close(fd)
+        self._drop(key)
         self._ports[key] = self._awaited = entry
-        if self._now is not None:
-            self._tell(key, entry)
-        elif self._supervisor.state is State.BACKOFF:
+        try:
+            if self._started:
+                if self._now is not None:
+                    self._tell(key, entry)
+                else:
+                    self._begin()
+                self._await(key, entry)
+        finally:
+            self._awaited = None
+
+    def start(self) -> None:
+        """Serve the ports that there are, and those that come; raises ConfigError as `serve`."""
+        self._started = True
+        if self._ports:
+            self._begin()
+        for key, entry in self._ports.items():
+            self._await(key, entry)
+
+    def _begin(self) -> None:
+        """Do not wait for the time at which one that died was to be started again."""
+        if self._supervisor.state is State.BACKOFF:
             self._step(Event.TIMER)
+
+    def _await(self, key: tuple[str, int], entry: _Port) -> None:
+        """Return once a port is served."""
         deadline = time.monotonic() + ANSWER_WITHIN
         while not entry.served and entry.error is None:
             process = self._now
             left = deadline - time.monotonic()
             if process is None or not select.select([process.channel], [], [], max(0.0, left))[0]:
                 entry.error = "the TLS gateway does not answer"
-                break
-            if not self._hear(process) and not entry.served:
+            elif not self._hear(process) and not entry.served:
                 entry.error = entry.error or "the TLS gateway ended"
-        self._awaited = None
         if entry.error is not None:
-            del self._ports[key]
+            self._drop(key)
             raise ConfigError(f"{entry.name}: {entry.error}")
 
     def forget(self, guest: str, port_id: int) -> None:
         """Serve a port no more."""
-        if self._ports.pop((guest, port_id), None) and self._now is not None:
+        if self._drop((guest, port_id)) and self._now is not None:
             with suppress(OSError):
                 send(self._now.channel, Forget(guest, port_id))
+
+    def _drop(self, key: tuple[str, int]) -> bool:
+        entry = self._ports.pop(key, None)
+        if entry is not None:
+            entry.close()
+        return entry is not None
 
     def _tell(self, key: tuple[str, int], entry: _Port) -> None:
         assert self._now is not None  # noqa: S101 (for the type checker)
         entry.served, entry.error = False, None
+        order = Serve(*key, entry.name, entry.most, entry.client_ca)
         try:
-            files = _open_files(entry.tls)
-        except ConfigError as error:
-            entry.error = str(error)
-            return
-        order = Serve(*key, entry.name, entry.most, entry.tls.client_ca is not None)
-        try:
-            send(self._now.channel, order, [entry.listener, *files])
+            send(self._now.channel, order, [entry.listener, *entry.files])
         except OSError as error:
             entry.error = f"the TLS gateway cannot be told: {error.strerror}"
-        finally:
-            for fd in files:
-                os.close(fd)
 
     # Processes
 
@@ -365,6 +392,8 @@ class Gateway:
         deadline = time.monotonic() + END_WITHIN
         for process in running:
             _await_end(process.pid, deadline)
+        for key in [*self._ports]:
+            self._drop(key)
 
 
 def check(tls: Tls) -> None:

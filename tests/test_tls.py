@@ -43,7 +43,9 @@ def authority(folder: Path) -> Authority:
 class Desk:
     """A master of one port, and whoever came to it."""
 
-    def __init__(self, ports: Ports, kept: Sequence[tuple[int, int]] = ()) -> None:
+    def __init__(
+        self, ports: Ports, kept: Sequence[tuple[int, int]] = (), *, start: bool = True
+    ) -> None:
         self.selector = selectors.DefaultSelector()
         self.came: list[tuple[str, int, socket.socket]] = []
         # As the master has it, so that every test shows that it needs no more.
@@ -51,6 +53,8 @@ class Desk:
         self.gateway = Gateway(
             self.selector, lambda *who: self.came.append(who), settle=confine, kept=kept
         )
+        if start:
+            self.gateway.start()
         self.listener = socket.create_server(("127.0.0.1", ports()))
         self.listener.setblocking(False)
         self.address = self.listener.getsockname()
@@ -530,7 +534,7 @@ def broken(kind: str, folder: Path, authority: Authority) -> Tls:
         ("empty", "the key is empty"),
         ("large", "the client CA is too large"),
         ("folder", "the certificate or its key: is a directory"),
-        ("pipe", "the key is empty"),
+        ("pipe", "the certificate or its key: illegal seek"),
         ("foreign key", "the certificate or its key: key values mismatch"),
         ("encrypted", "the key is encrypted"),
         ("damaged", "the certificate or its key: no PEM, or damaged"),
@@ -608,6 +612,32 @@ def test_one_that_died_is_started_again(
     assert desk.pid != first
     with call(desk, authority) as both:
         converse(*both)
+
+
+def test_one_that_is_started_again_needs_no_right_to_open_files(
+    desk: Desk, authority: Authority, folder: Path
+) -> None:
+    cert = authority.server(folder / "s.pem")
+    desk.serve(cert)
+    cert.unlink()
+    first = desk.pid
+    os.kill(first, signal.SIGKILL)
+    wait_ended(first)
+    desk.gateway.reap()
+    desk.gateway.tick()
+    with call(desk, authority) as both:
+        converse(*both)
+
+
+def test_ports_that_were_there_before_are_served_from_the_start_on(
+    authority: Authority, folder: Path, ports: Ports
+) -> None:
+    with closing(Desk(ports, start=False)) as desk:
+        desk.serve(authority.server(folder / "s.pem"))
+        assert desk.gateway.kept == []
+        desk.gateway.start()
+        with call(desk, authority) as both:
+            converse(*both)
 
 
 def test_one_that_hangs_is_not_waited_for(

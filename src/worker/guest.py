@@ -425,6 +425,7 @@ class Guest:
             records=self._ledger.records(port.id),
             saved=saved,
             fds=fds,
+            most=described.max_clients,
         )
         if self._frozen:
             people.freeze()
