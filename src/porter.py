@@ -141,9 +141,8 @@ class Porter:
 
     def _open_all(self) -> None:
         """Open every door behind which there is room."""
-        crowded = len(self._arrivals) >= MOST_ARRIVALS
         for port, (fd, arrive) in self._doors.items():
-            waits = self._event is not None if port < 0 else crowded
+            waits = self._event is not None if port < 0 else self.crowded
             if not waits and port not in self._open:
                 self._open.add(port)
                 self._selector.register(fd, selectors.EVENT_READ, arrive)
@@ -175,7 +174,7 @@ class Porter:
 
     def _on_client(self, port: int, listener: int, door: Door) -> None:
         for _ in range(_AT_ONCE):
-            if len(self._arrivals) >= MOST_ARRIVALS:
+            if self.crowded:
                 self._close_door(port)
                 return
             sock = self._accept(listener)
@@ -183,6 +182,11 @@ class Porter:
                 return
             if door.admit(sock):
                 self.take_in(port, sock)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether as many clients as may be are on their way to the worker."""
+        return len(self._arrivals) >= MOST_ARRIVALS
 
     def take_in(self, port: int, sock: socket.socket) -> None:
         """Hand a client of port number `port` to the worker."""
