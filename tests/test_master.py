@@ -55,6 +55,10 @@ def run(guest, heirlooms):
 """
 
 
+#: Have a daemon of root's not say that it is that.
+AS_IT_IS = ("--user", "root") if os.geteuid() == 0 else ()
+
+
 def program(run: str) -> list[str]:
     code = PRELUDE + run + "\nmaster.serve = functools.partial(master.serve, run=run)\ncli.main()\n"
     return [sys.executable, "-c", code]
@@ -361,7 +365,7 @@ def test_stopping_while_a_restart_is_due_does_not_wait_for_it(start: StartDaemon
 
 
 def test_an_idle_master_never_wakes(start: StartDaemon) -> None:
-    served = start(count=4)
+    served = start(IDLE, "unix", 4, *AS_IT_IS)
     served.workers()
     process = psutil.Process(served.pid)
     until(lambda: process.status() == psutil.STATUS_SLEEPING, "it does not sleep")
@@ -672,7 +676,7 @@ def test_log_lines_return_to_the_first_column_of_a_terminal(
 ) -> None:
     ours, theirs = terminal
     tty.setraw(theirs)
-    served = start(IDLE, stderr=theirs)
+    served = start(IDLE, "unix", 1, *AS_IT_IS, stderr=theirs)
     os.kill(served.workers()[0], signal.SIGKILL)
     assert read_until(ours, b"SIGKILL\r\n").startswith(b"vhost-device-console: c.sock0")
 
@@ -681,7 +685,7 @@ def test_a_stderr_that_nobody_reads_stops_nothing(start: StartDaemon) -> None:
     read, write = os.pipe()
     try:
         os.write(write, b"x" * fcntl.fcntl(write, fcntl.F_GETPIPE_SZ))
-        served = start(stderr=write)
+        served = start(IDLE, "unix", 1, *AS_IT_IS, stderr=write)
         os.kill(served.workers()[0], signal.SIGKILL)
         served.until(lambda guests: guests[0]["restarts"] == 1, "no successor")
         while select.select([read], [], [], 0)[0]:
