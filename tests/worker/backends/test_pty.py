@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import tty
@@ -228,3 +229,41 @@ def test_a_pty_keeps_what_it_took(pair: Pty) -> None:
     client = pair.accept()
     client.write(b"kept")
     assert client.end_output() == 0
+
+
+def test_a_pty_that_cannot_be_watched_leaves_nothing_open(
+    pair: Pty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(pty, "slave_name", lambda _: "/dev/pts/none")
+    with pytest.raises(FileNotFoundError, match="/dev/pts/none"):
+        pty.endpoint(pair.fd)
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_no_room_for_a_client_s_second_half_leaves_nothing_open(
+    pair: Pty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair.open()
+    before = os.listdir("/proc/self/fd")
+    dup = os.dup
+    fds = iter([dup])
+
+    def full(fd: int) -> int:
+        for make in fds:
+            return make(fd)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "dup", full)
+    with pytest.raises(OSError, match="Too many open files"):
+        pair.endpoint.accept()
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_abandoning_a_pty_changes_nothing(pair: Pty) -> None:
+    user = pair.open()
+    client = pair.accept()
+    pair.endpoint.abandon()
+    client.write(b"still there")
+    assert os.read(user, 16) == b"still there"
+    assert client.totals() is None

@@ -50,11 +50,11 @@ class Desk:
         read, write = os.pipe()
         return self.own(read), self.own(write)
 
-    def terminal(self, stdin: int, stdout: int) -> Terminal:
+    def terminal(self, stdin: int, stdout: int, kept: memoryview | None = None) -> Terminal:
         def leave() -> None:
             self.left += 1
 
-        made = Terminal(leave, stdin, stdout)
+        made = Terminal(leave, stdin, stdout, kept)
         self.ends.callback(made.close)
         return made
 
@@ -114,6 +114,34 @@ def test_a_terminal_is_given_back_as_it_was(desk: Desk) -> None:
     assert modes(tty) != before
     terminal.close()
     assert modes(tty) == before
+
+
+def test_a_killed_worker_s_successor_gives_back_what_was_there_before_both(desk: Desk) -> None:
+    _, tty = desk.pty()
+    before = modes(tty)
+    kept = memoryview(bytearray(128))
+    desk.terminal(tty, tty, kept)
+    again = desk.terminal(tty, tty, kept)
+    again.close()
+    assert modes(tty) == before
+
+
+def test_a_successor_gives_back_whether_a_descriptor_blocked(desk: Desk) -> None:
+    ours, theirs = socket.socketpair()
+    kept = memoryview(bytearray(128))
+    with ours, theirs:
+        theirs.setblocking(True)
+        desk.terminal(theirs.fileno(), theirs.fileno(), kept)
+        assert not os.get_blocking(theirs.fileno())
+        desk.terminal(theirs.fileno(), theirs.fileno(), kept).close()
+        assert os.get_blocking(theirs.fileno())
+
+
+def test_an_abandoned_terminal_is_given_back_and_nobody_leaves(desk: Desk) -> None:
+    _, tty = desk.pty()
+    before = modes(tty)
+    desk.terminal(tty, tty).abandon()
+    assert (modes(tty), desk.left) == (before, 0)
 
 
 def test_closing_twice_gives_back_once(desk: Desk) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 
 import pytest
 from vhost_device_console.errors import GuestError
@@ -616,3 +617,173 @@ def test_at_a_blocking_port_the_second_reader_loses_nothing_to_the_first(
     first, second = pipe.attach(), pipe.attach()
     pipe.detach(first, 0)
     assert bytes(second.span()) == b"taken by nobody"
+
+
+# A log
+
+
+@dataclass
+class Log:
+    """A log that has written up to `offset` and has room for so much more."""
+
+    port: Port
+    offset: int = 0
+    missed: int = 0
+    begun: list[int] = field(default_factory=list)
+
+    @property
+    def limit(self) -> int:
+        return self.offset + SIZE
+
+    def begin_at(self, offset: int) -> None:
+        assert self.port.output.head == 0
+        self.begun.append(offset)
+
+    def flush(self) -> bool:
+        self.missed += max(0, self.port.output.tail - self.offset)
+        self.offset = self.port.output.head
+        return True
+
+
+@pytest.fixture
+def logged(port: Port) -> tuple[Port, Log]:
+    log = Log(port)
+    port.log = log
+    return port, log
+
+
+def test_no_more_is_taken_than_a_log_has_room_for(logged: tuple[Port, Log], queue: Queue) -> None:
+    port, log = logged
+    queue.write(b"a" * SIZE)
+    queue.write(b"b")
+    assert [port.take_output(queue, MANY), port.holding] == [1, True]
+    log.flush()
+    assert [port.take_output(queue, MANY), port.holding] == [1, False]
+
+
+def test_a_reader_behind_the_log_is_still_waited_for(
+    logged: tuple[Port, Log], queue: Queue
+) -> None:
+    port, log = logged
+    port.attach()
+    queue.write(b"a" * SIZE)
+    queue.write(b"b")
+    port.take_output(queue, MANY)
+    log.flush()
+    assert port.take_output(queue, MANY) == 0
+
+
+def test_what_a_log_missed_is_missed(logged: tuple[Port, Log]) -> None:
+    port, log = logged
+    log.missed = 5
+    assert port.missed == 5
+
+
+def test_a_log_has_what_gives_way_for_last_words(logged: tuple[Port, Log], queue: Queue) -> None:
+    port, log = logged
+    for size in (SIZE, SIZE):
+        queue.write(bytes(size))
+        port.take_output(queue, MANY)
+    port.take_rest(queue)
+    log.flush()
+    assert (port.output.head, log.missed) == (2 * SIZE, 0)
+    queue.write(bytes(SIZE))
+    port.attach()
+    port.holding = True
+    port.remember(queue)
+    port.output.append(b"since")
+    port.output.commit()
+    port.stay_away()
+    log.flush()
+    assert (port.output.head, log.missed) == (3 * SIZE + 5, 0)
+
+
+def test_a_log_hears_where_a_moved_guest_s_output_begins_before_it_does(
+    logged: tuple[Port, Log],
+) -> None:
+    port, log = logged
+    port.adopt_output(100, 110, b"0123456789")
+    assert log.begun == [100]
+    port.adopt_output(200, 210, b"0123456789")
+    assert log.begun == [100]
+
+
+# A successor
+
+
+def again(port: Port, spare: memoryview | None = None) -> Port:
+    """Return the port as a successor has it."""
+    made = Port(0, "port0", port.output, port.input, console=True, spare=spare)
+    made.under_way = port.under_way
+    made.left = port.left
+    return made
+
+
+@pytest.mark.parametrize("before", [0, 100, SIZE - 100])
+def test_last_words_are_a_successor_s_too(port: Port, queue: Queue, before: int) -> None:
+    spare = memoryview(bytearray(SIZE))
+    port = again(port, spare)
+    queue.write(b"x" * before)
+    for _ in range(3):
+        queue.write(bytes(range(200)))
+    port.holding = True
+    port.remember(queue)
+    successor = again(port, spare)
+    successor.stay_away()
+    words = b"x" * before + 3 * bytes(range(200))
+    assert successor.output.copy(0) == words[-SIZE:]
+    assert successor.discarded == max(0, len(words) - SIZE)
+    assert successor.left == 0
+
+
+def test_words_remembered_again_after_a_death_are_there_once(port: Port, queue: Queue) -> None:
+    spare = memoryview(bytearray(SIZE))
+    queue.write(b"last words")
+    for _ in range(2):  # the second time in the place of the first
+        dead = again(port, spare)
+        queue.given.extendleft([*queue.popped])
+        queue.popped.clear()
+        dead.holding = True
+        dead.remember(queue)
+    dead.stay_away()
+    assert dead.output.copy(0) == b"last words"
+
+
+def test_readers_go_on_in_their_order_where_they_were(port: Port, queue: Queue) -> None:
+    queue.write(b"0123456789")
+    port.take_output(queue, MANY)
+    successor = again(port)
+    first, second = successor.go_on(7, 0), successor.go_on(9, 4)
+    successor.resumed()
+    assert [bytes(reader.span()) for reader in (first, second)] == [b"789", b"9"]
+    assert successor.holder is first
+    assert successor.output.seen == 9
+
+
+def test_no_reader_goes_on_behind_what_counts(port: Port) -> None:
+    places: list[int] = []
+    reader = port.go_on(7, 0)
+    reader.jumped = lambda: places.append(reader.offset)
+    port.resumed()
+    assert (reader.offset, places, port.output.seen) == (0, [0], 0)
+
+
+def test_a_gap_from_before_is_not_counted_again(port: Port, queue: Queue) -> None:
+    for _ in range(3):
+        queue.write(bytes(SIZE))
+        port.take_output(queue, MANY)
+    successor = again(port)
+    reader = successor.go_on(5, 0)
+    successor.resumed()
+    assert successor.missed == 0
+    assert reader.skip_lost() == 2 * SIZE - 5
+    assert successor.missed == 0
+
+
+def test_a_reader_that_is_put_elsewhere_tells(port: Port) -> None:
+    reader = port.attach()
+    places: list[int] = []
+    reader.jumped = lambda: places.append(reader.offset)
+    port.adopt_output(100, 110, b"0123456789")
+    port.forget()
+    assert places == [100, 110]

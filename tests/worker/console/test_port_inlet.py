@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from vhost_device_console.errors import GuestError
 from vhost_device_console.journal import Input
-from vhost_device_console.worker.console.port import Inlet, Port
+from vhost_device_console.worker.console.port import TO_GUEST, TO_RING, Inlet, Port, UnderWay
 
 from .conftest import SIZE, Queue
 
@@ -262,3 +262,147 @@ def test_the_buffers_before_a_mistake_are_good(port: Port, queue: Queue) -> None
     port.receive(typist.read)
     port.receive(typist.read)
     assert queue.used == [(0, 1), (1, 4)]
+
+
+# A read that a killed worker did not finish
+
+
+class Killed(BaseException):
+    """Where the worker is killed."""
+
+
+@pytest.fixture
+def dying(port: Port, queue: Queue) -> Callable[[int, bool], UnderWay]:
+    """Give a function that kills a worker in a read: so many bytes have come, known or not."""
+
+    def read_and_die(count: int, known: bool) -> UnderWay:
+        typist = Typist(pattern(count))
+
+        def read(into: list[memoryview]) -> int | None:
+            got = typist.read(into)
+            if known:
+                port.under_way[1] = got or 0
+            raise Killed
+
+        popped = len(queue.popped)
+        with pytest.raises(Killed):
+            port.receive(read, 7)
+        while len(queue.popped) > popped:
+            queue.unpop(queue.popped[-1].head)
+        found = UnderWay.of(port.under_way)
+        assert found is not None
+        return found
+
+    return read_and_die
+
+
+def test_nothing_is_under_way_at_first(port: Port) -> None:
+    assert UnderWay.of(port.under_way) is None
+
+
+def test_a_read_into_the_ring_is_under_way_until_it_is_counted(port: Port) -> None:
+    port.input.fed(100)
+    port.receive(Typist(b"typed").read, 255)
+    assert UnderWay.of(port.under_way) == (255, TO_RING, 100, 5)
+
+
+def test_a_read_into_a_buffer_is_under_way_until_it_is_counted(port: Port, queue: Queue) -> None:
+    direct(port, queue)
+    queue.room(16)
+    port.input.bypass(100)
+    port.receive(Typist(b"typed").read, 3)
+    assert UnderWay.of(port.under_way) == (3, TO_GUEST, 100, 5)
+
+
+def test_a_read_that_found_nothing_brought_nothing(port: Port, queue: Queue) -> None:
+    direct(port, queue)
+    for _ in range(2):
+        queue.room(16)
+    port.receive(Typist(b"typed").read)
+    port.receive(lambda _: None)
+    assert UnderWay.of(port.under_way) == (0, TO_GUEST, 5, 0)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_lies_in_the_ring_is_counted(
+    port: Port, dying: Callable[[int, bool], UnderWay], *, known: bool
+) -> None:
+    port.input.feed(b"before ")
+    read = dying(5, known)
+    assert read == (7, TO_RING, 7, 5 * known)
+    assert port.finish(read, 5) == 0
+    assert port.input.copy() == b"before " + pattern(5)
+    assert port.finish(read, 5) == 0
+    assert len(port.input) == 12
+
+
+def test_what_lies_in_buffers_is_completed(
+    port: Port, queue: Queue, dying: Callable[[int, bool], UnderWay]
+) -> None:
+    served = direct(port, queue)
+    for _ in range(2):  # so that the next read has four buffers
+        queue.room(1)
+        port.receive(Typist(b"k").read)
+    rooms = [queue.room(size)[0] for size in (3, 0, 4, 9)]
+    queue.used.clear()
+    read = dying(5, False)
+    served.clear()
+    assert port.finish(read, 5) == 0
+    assert b"".join(map(bytes, rooms))[:5] == pattern(5)
+    assert (queue.used, served) == ([(2, 3), (3, 0), (4, 2)], [3])
+    assert (port.input.tail, len(port.input)) == (7, 0)
+
+
+def test_what_the_guest_has_already_is_not_given_again(
+    port: Port, queue: Queue, dying: Callable[[int, bool], UnderWay]
+) -> None:
+    direct(port, queue)
+    queue.room(16)
+    read = dying(5, True)
+    assert [port.finish(read, 5), port.finish(read, 5)] == [0, 0]
+    assert (queue.used, port.input.tail) == ([(0, 5)], 5)
+
+
+def test_of_bytes_in_buffers_that_are_gone_the_loss_is_told(
+    port: Port, queue: Queue, dying: Callable[[int, bool], UnderWay]
+) -> None:
+    direct(port, queue)
+    for size in (3, 9):
+        queue.room(size)
+    read = dying(3, True)
+    queue.given.pop()
+    assert port.finish(read, 5) == 2
+    assert (queue.used, port.input.tail) == ([(0, 3)], 3)
+    port.inlet = None
+    assert port.finish(read, 5) == 2
+
+
+def test_a_mistake_behind_the_bytes_costs_none_of_them(
+    port: Port, queue: Queue, dying: Callable[[int, bool], UnderWay]
+) -> None:
+    direct(port, queue)
+    queue.room(3)
+    read = dying(3, True)
+    queue.mistake()
+    assert port.finish(read, 4) == 1
+    assert queue.used == [(0, 3)]
+
+
+def test_a_mistake_where_the_bytes_are_is_the_ring_s(
+    port: Port, queue: Queue, dying: Callable[[int, bool], UnderWay]
+) -> None:
+    broken = []
+
+    def serve(move: Callable[[], int]) -> None:
+        try:
+            move()
+        except GuestError as error:
+            broken.append(error)
+
+    port.inlet = Inlet(queue, lambda: True, serve)
+    queue.room(3)
+    read = dying(3, True)
+    queue.given.clear()
+    queue.mistake()
+    assert port.finish(read, 3) == 3
+    assert len(broken) == 1
