@@ -45,9 +45,12 @@ def documented(heading: str) -> str:
     return found[1]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def booted() -> Iterator[Machine]:
-    """Give a machine that systemd runs, with our units installed as the documents say."""
+    """Give a module's tests a machine that systemd runs, with our units installed as documented.
+
+    Not all tests: those of other folders must find no process of ours when they end.
+    """
     try:
         machine = Machine()
     except UnavailableError as why:

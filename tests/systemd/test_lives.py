@@ -114,3 +114,10 @@ def test_a_worker_ended_for_want_of_memory_is_replaced_and_its_guest_goes_on(web
         converse(console, peer)
         assert web.workers() != [worker]
     assert (web.pid, web.show("NRestarts"), web.show("Result")) == (master, "0", "success")
+
+
+def test_the_kernel_would_end_a_worker_before_its_master(web: Service) -> None:
+    def score(pid: int) -> int:
+        return int(Path(web.machine.path(f"/proc/{pid}/oom_score_adj")).read_text())
+
+    assert all(score(web.pid) < score(worker) for worker in web.workers())

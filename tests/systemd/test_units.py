@@ -11,7 +11,7 @@ from pid1 import ROOT, Machine
 from scene import attach, boot, converse
 from service import Service, StartService, uid
 
-from launch import Ports, wait_readable
+from launch import Ports, until, wait_readable
 
 #: With this a system call that the unit forbids ends the daemon, though it would take a refusal.
 DEADLY = "SystemCallErrorNumber=kill"
@@ -84,6 +84,8 @@ def test_the_example_configuration_serves_its_guests(machine: Machine, ports: Po
         web.systemctl("start")
         with boot(web) as console, attach(web) as peer:
             converse(console, peer)
+        log = Path(machine.path("/var/log/vhost-device-console/web/shop.log"))
+        until(lambda: log.read_bytes() == b"to people\n", f"the log has {log.read_bytes()!r}")
     os.unlink(machine.path("/etc/vhost-device-console/web.toml"))
 
 
