@@ -138,3 +138,10 @@ def test_members_of_the_group_may_connect_and_nobody_else(service: StartService)
 
     assert may_connect(str(uid(web.machine, "--group")))
     assert not may_connect("54321")
+
+
+def test_a_worker_gives_up_more_than_the_unit_forbids(service: StartService) -> None:
+    web = service("web")
+    status = web.until(lambda guests: guests[0]["privileges"], "it never said what it may do")
+    assert status[0]["privileges"]["seccomp"]
+    assert status[0]["privileges"]["missing"] == []
