@@ -54,7 +54,7 @@ class AddPort(msgspec.Struct, frozen=True, tag=True):
     """
 
     port: Port
-    logs: list[int]
+    logs: list[int] = []
 
 
 class RemovePort(msgspec.Struct, frozen=True, tag=True):

@@ -411,6 +411,8 @@ def run(guest, heirlooms):
             "columns": 80,
             "rows": 24,
             "size_by": "resize",
+            "log": None,
+            "log_failing": False,
         }
     ]
 

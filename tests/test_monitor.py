@@ -60,6 +60,7 @@ PORT = PortStatus(
     columns=80,
     rows=24,
     size_by="resize",
+    log="/var/log/web",
 )
 GUEST = GuestStatus(
     name="c.sock0",
@@ -155,7 +156,8 @@ def test_a_status_is_one_line_of_json(desk: Desk) -> None:
         b'"ignored":7,"max_ports":8,"privileges":null,"ports":[{"id":0,"name":"console0",'
         b'"endpoint":"127.0.0.1:12345","console":true,"overflow":"drop","state":"ready",'
         b'"open":true,"host_open":true,"held":false,"readers":1,"output":2,"input":3,"missed":4,'
-        b'"discarded":5,"stalls":6,"columns":80,"rows":24,"size_by":"resize"}]}]}\n'
+        b'"discarded":5,"stalls":6,"columns":80,"rows":24,"size_by":"resize",'
+        b'"log":"/var/log/web","log_failing":false}]}]}\n'
     )
 
 

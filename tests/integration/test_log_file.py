@@ -232,14 +232,14 @@ def test_a_disk_that_is_full_for_a_moment_costs_nothing(daemon: StartDaemon, fol
 def test_a_worker_that_is_killed_leaves_no_trace_in_a_log(
     daemon: StartDaemon, folder: Path
 ) -> None:
-    """Twenty are killed with buffers under way, and another file is begun all the time."""
+    """Six are killed with buffers under way, and another file is begun all the time."""
     running = daemon(
         "unix",
         1,
         *("--log-file", str(folder / "log")),
         *("--log-max-bytes", "65536", "--log-keep", "99"),
     )
-    data = numbered(20 * 48 * 4096)
+    data = numbered(6 * 48 * 4096)
     with boot(running) as console:
         for start in range(0, len(data), 48 * 4096):
             (worker,) = running.workers()
