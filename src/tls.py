@@ -511,6 +511,8 @@ def _become_gateway(
 
         settle()
         status = gateway.serve(channel)
+    except ImportError as error:
+        _log.error("the TLS gateway: %s: can user %d read Python's files?", error, os.geteuid())
     except BaseException as error:  # a gateway that falls must not become a second master
         _log.error("the TLS gateway: %s: %s", type(error).__name__, error)
         _log.debug("where it happened", exc_info=True)

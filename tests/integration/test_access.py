@@ -302,3 +302,44 @@ def test_the_gateway_holds_nothing_of_a_guest_s(secure: Daemon, authority: Autho
 def test_there_is_no_gateway_without_tls(daemon: StartDaemon) -> None:
     running = daemon()
     assert len(psutil.Process(running.pid).children()) == len(running.workers())
+
+
+def _everybody_reads(path: str) -> bool:
+    """Tell whether a user without any right of its own can read the file at `path`."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            with open(path, "rb"):
+                status = 0
+        finally:
+            os._exit(status)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+@needs_root
+def test_tls_is_spoken_as_the_user_that_the_daemon_becomes(
+    daemon: StartDaemon, authority: Authority, folder: Path
+) -> None:
+    """The key is root's alone, also when the gateway is started again."""
+    if not all(map(_everybody_reads, (ssl.__file__, psutil.__file__))):
+        pytest.skip("this Python is not everybody's to read")
+    (folder / "run").mkdir(mode=0o700)
+    for path in (folder, folder / "run"):
+        os.chown(path, NOBODY, NOBODY)
+    cert = authority.server(folder / "server.pem")
+    cert.chmod(0o600)
+    umask = os.umask(0)  # for the socket that the daemon says it is ready at
+    try:
+        running = daemon("network", 1, "--tls-cert", str(cert), "--user", "nobody")
+    finally:
+        os.umask(umask)
+    gateway = gateway_of(running)
+    with open(f"/proc/{gateway}/status") as file:
+        assert f"\nUid:\t{NOBODY}\t{NOBODY}\t{NOBODY}\t{NOBODY}\n" in file.read()
+    os.kill(gateway, signal.SIGKILL)
+    running.expect_log("the TLS gateway died: SIGKILL")
+    with boot(running) as console, dial(running, authority) as peer:
+        converse(console, peer)
