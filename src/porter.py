@@ -228,18 +228,25 @@ class Porter:
                 self.lose()
 
     def committed(self, commit: Commit, fds: list[int]) -> None:
-        """Keep what a worker committed, and let the frontend know and go on; owns `fds`."""
+        """Keep what a worker committed, and let the frontend know and go on; owns `fds`.
+
+        Raises ValueError for what no worker commits: somebody has taken it over.
+        """
         answer_fd = fds.pop() if commit.answer_fd and fds else None
         try:
+            if not self._can_be(commit) or len(commit.made) != len(fds):
+                custody.close(fds)
+                raise ValueError("a commit of what never was")
             for key, fd in zip(commit.made, fds, strict=True):
                 self.vault.replace(key, fd)
             self.snapshot, self.newest, self.serial = commit.snapshot, commit.newest, commit.serial
             self.lost = False
-            self.vault.keep(commit.keys, commit.newest)
             for key in [key for key in self._arrivals if key <= commit.newest]:
                 del self._arrivals[key]
             if self._event is not None and self._event.serial <= commit.serial:
                 self._event = None
+            again = self._event.keys if isinstance(self._event, FrontendSaid) else []
+            self.vault.keep([*commit.keys, *again], commit.newest)
             if commit.dismiss:
                 self._hang_up()
                 self._event = None
@@ -251,6 +258,14 @@ class Porter:
         if self._event is None:
             self._on_channel()
         self._open_all()
+
+    def _can_be(self, commit: Commit) -> bool:
+        """Say whether the numbers in a commit are some that this guest's worker can have."""
+        return (
+            self.newest <= commit.newest <= self.vault.newest
+            and self.serial <= commit.serial <= self._last
+            and all(key < 0 for key in commit.made)
+        )
 
     def _answer(self, answer: bytes, fd: int | None) -> None:
         if self._channel is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 
 import pytest
@@ -52,10 +52,10 @@ def fill(sock: socket.socket) -> None:
     [
         Resize(3, 132, 43),
         RemovePort(126),
-        AddPort(PORT),
-        AddPort(Port(id=1, name="c", backend=Network("127.0.0.1", 1), overflow=Overflow.BLOCK)),
-        AddPort(Port(id=1, name="c", backend=Pty("/dev/link"), stall_ms=5)),
-        AddPort(Port(id=1, name="n" * 255, backend=Unix("/" + "x" * 106))),
+        AddPort(PORT, []),
+        AddPort(Port(id=1, name="c", backend=Network("127.0.0.1", 1), overflow=Overflow.BLOCK), []),
+        AddPort(Port(id=1, name="c", backend=Pty("/dev/link"), stall_ms=5), []),
+        AddPort(Port(id=1, name="n" * 255, backend=Unix("/" + "x" * 106)), []),
         ClientCame(126, 1 << 40),
         FrontendCame(1, 4711),
         FrontendSaid(1 << 40, 5, False, True, b"\xff" * 4096, True, [*range(253)]),
@@ -146,7 +146,7 @@ def test_an_order_to_a_worker_that_is_gone_is_an_error(pair: Pair) -> None:
 
 
 def test_of_descriptors_without_room_none_is_left(pair: Pair) -> None:
-    custody.send(pair[0], AddPort(PORT), [0, 1])
+    custody.send(pair[0], AddPort(PORT, []), [0, 1])
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     free = os.dup(0)
     os.close(free)
@@ -155,7 +155,7 @@ def test_of_descriptors_without_room_none_is_left(pair: Pair) -> None:
         got = custody.receive_order(pair[1])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert got == (AddPort(PORT), [])
+    assert got == (AddPort(PORT, []), [])
     after = os.dup(0)
     os.close(after)
     assert after == free
@@ -170,6 +170,51 @@ def is_open(fd: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def a_file(size: int) -> int:
+    fd = os.memfd_create("said")
+    os.truncate(fd, size)
+    return fd
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"\x91\xa6Reboot",
+        b"\x81\xa4type\xa1\x80",
+        b"\x82\xa4type\xa4Pong\xa1x" + b"\x91" * 9000,
+        b"\xc1",
+    ],
+    ids=["no word", "no text", "deep", "a file that did not come"],
+)
+def test_what_is_no_word_is_a_value_error(said: bytes, pair: Pair) -> None:
+    master, worker = pair
+    socket.send_fds(worker, [said], [])
+    with pytest.raises(ValueError, match="what was said"):
+        custody.receive_word(master)
+
+
+@pytest.mark.parametrize(
+    "fd",
+    [
+        lambda: os.eventfd(0),
+        lambda: os.open("/dev/zero", os.O_RDONLY),
+        lambda: a_file((1 << 24) + 1),
+        lambda: a_file(5),
+    ],
+    ids=["an eventfd", "a file without end", "a vast file", "zeros"],
+)
+def test_a_file_with_no_word_in_it_is_a_value_error_and_no_wait(
+    fd: Callable[[], int], pair: Pair
+) -> None:
+    """And of all descriptors that came along none is left, as for every test."""
+    master, worker = pair
+    file = fd()
+    socket.send_fds(worker, [b"\xc1"], [file, file])
+    os.close(file)
+    with pytest.raises(ValueError, match="what was said"):
+        custody.receive_word(master)
 
 
 def test_a_vault_closes_what_is_not_kept_and_not_newer() -> None:

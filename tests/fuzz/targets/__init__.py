@@ -17,7 +17,7 @@ class Target(Protocol):
 
 NAMES = (
     *("messages", "framing", "session", "memory", "rings", "inflight", "console", "state"),
-    "records",
+    *("records", "worker", "custody"),
 )
 
 

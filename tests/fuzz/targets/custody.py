@@ -79,34 +79,41 @@ def run(data: bytes) -> None:
     before = len(os.listdir("/proc/self/fd"))
     source = Source(data)
     frontend, theirs = socket.socketpair()
-    ours, worker = custody.pair()
     with selectors.DefaultSelector() as selector:
         porter = Porter("fuzz", cast(Endpoints, _Endpoints(theirs.fileno())), selector, Alarms())
-        line = Line(selector, ours, lambda: None)
-        porter.begin(line)
         try:
             while source:
-                what = source.byte()
-                if what & 3 == 3:
-                    socket.send_fds(
-                        frontend,
-                        [wire.encode(1 + what // 16, source.take(source.byte()), need_reply=True)],
-                        [_FILES[0]] * (what >> 2 & 3),
-                    )
-                    continue
-                word = _word(source) if what & 1 else source.take(source.byte()) or b"\xc1"
-                fds = [source.pick(_FILES) for _ in range(what >> 2 & 3)]
-                socket.send_fds(worker, [word], fds)
-                _hear(line, porter)
-        except (OSError, ValueError):
-            pass
+                _worker(porter, selector, frontend, source)
         finally:
-            line.close()
-            porter.end()
             porter.close()
-            for end in (frontend, theirs, worker):
-                end.close()
+            frontend.close()
+            theirs.close()
     assert len(os.listdir("/proc/self/fd")) == before, "descriptors are left"
+
+
+def _worker(
+    porter: Porter, selector: selectors.BaseSelector, frontend: socket.socket, source: Source
+) -> None:
+    """Let a worker say things until it is killed, perhaps for what it said."""
+    ours, worker = custody.pair()
+    line = Line(selector, ours, lambda: None)
+    porter.begin(line)
+    try:
+        while source and (what := source.byte()) & 7 != 7:
+            if what & 3 == 3:
+                said = wire.encode(1 + what // 16, source.take(source.byte()), need_reply=True)
+                socket.send_fds(frontend, [said], [_FILES[0]] * (what >> 3 & 3))
+                continue
+            word = _word(source) if what & 1 else source.take(source.byte()) or b"\xc1"
+            fds = [source.pick(_FILES) for _ in range(what >> 2 & 3)]
+            socket.send_fds(worker, [word], fds)
+            _hear(line, porter)
+    except (OSError, ValueError):
+        pass
+    finally:
+        line.close()
+        worker.close()
+        porter.end()
 
 
 def _hear(line: Line, porter: Porter) -> None:
@@ -122,7 +129,11 @@ def _hear(line: Line, porter: Porter) -> None:
 def seeds() -> Iterable[bytes]:
     good = bytes([1, 1, 0, 0, 0, 0, 0, 0, 0])
     yield good
-    yield good + bytes([3 | 0x10, 0]) + good
+    for fds in range(3):
+        said = bytes([3 | fds << 3, 0])
+        yield good + said + good + good
+        # The worker names none of its descriptors, and leaves the message to another one.
+        yield good + said + good + bytes([1, 0, 7, 0, 0, 0, 0, 0, 0, 7]) + good
     for fds in range(4):
         for file in range(7):
             yield bytes([fds << 2, 1, 0xC1, *[file] * fds])

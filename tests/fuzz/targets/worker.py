@@ -149,7 +149,7 @@ class Master:
         self.line, theirs = custody.pair()
         held = {key: os.dup(fd) for key, fd in self.vault.fds.items() if key <= self.commit.newest}
         ports = tuple(
-            PortFiles(os.dup(fd), None) for fd, _ in zip(self.journals, self.ports, strict=False)
+            PortFiles(os.dup(fd), None, {}) for fd, _ in zip(self.journals, self.ports, strict=False)
         )
         guest = msgspec.structs.replace(_GUEST, ports=tuple(self.ports))
         self.guest = Guest(
@@ -482,7 +482,7 @@ def _order(master: Master, number: int, source: Source) -> None:
             master.tell(custody.Resize(number % 4, source.number(2), source.number(2)))
         case 1 if len(master.ports) == 2:
             master.ports.append(_ADDED)
-            master.tell(custody.AddPort(_ADDED), [master.journals[2]])
+            master.tell(custody.AddPort(_ADDED, []), [master.journals[2]])
         case 2 if len(master.ports) == 3:
             del master.ports[2]
             master.tell(custody.RemovePort(2))
