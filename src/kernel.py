@@ -19,7 +19,7 @@ def _function(name: str, arguments: int) -> Callable[..., int]:
     return function  # type: ignore[no-any-return]
 
 
-_syscall = _function("syscall", 5)
+_syscall = _function("syscall", 6)
 _syscall.restype = ctypes.c_long  # type: ignore[attr-defined]
 _prctl = _function("prctl", 5)
 _capget = _function("capget", 2)
@@ -33,9 +33,9 @@ def _checked(result: int) -> int:
     return result
 
 
-def system_call(number: int, a: int = 0, b: int = 0, c: int = 0, d: int = 0) -> int:
+def system_call(number: int, a: int = 0, b: int = 0, c: int = 0, d: int = 0, e: int = 0) -> int:
     """Return what the system call `number` returns; raises OSError."""
-    return _checked(_syscall(number, a, b, c, d))
+    return _checked(_syscall(number, a, b, c, d, e))
 
 
 def prctl(option: int, argument: int = 0) -> int:

@@ -159,6 +159,7 @@ class Daemon:
         notices = folder / f"n{random.randrange(1 << 32):x}"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listener:
             listener.bind(str(notices))
+            notices.chmod(0o666)  # as systemd's is: the daemon may become another user
             self.process = subprocess.Popen(
                 [*program, *arguments, *options],
                 env={**self._env, "NOTIFY_SOCKET": str(notices)},
