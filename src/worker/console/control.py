@@ -82,6 +82,7 @@ class Saved(msgspec.Struct, array_like=True, kw_only=True):
     states: dict[int, State]
     told_open: dict[int, bool]
     talking: bool
+    unset: bool
     waiting: list[tuple[int, Event, bytes]]
 
 
@@ -138,6 +139,7 @@ class Control:
             states=self._states,
             told_open=self._told_open,
             talking=self._talking,
+            unset=self._unset,
             waiting=self.waiting,
         )
 
@@ -148,6 +150,7 @@ class Control:
         self._states = saved.states
         self._told_open = saved.told_open
         self._talking = saved.talking
+        self._unset = saved.unset
         self._waiting = {(port_id, event): data for port_id, event, data in saved.waiting}
 
     @property

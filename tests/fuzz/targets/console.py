@@ -10,12 +10,13 @@ import struct
 from collections import deque
 from collections.abc import Iterable
 
+import msgspec
 from source import Source
 from vhost_device_console.errors import RefusedError
 from vhost_device_console.journal import Input, Output
 from vhost_device_console.worker import state
 from vhost_device_console.worker.console.control import Event, State
-from vhost_device_console.worker.console.device import Console
+from vhost_device_console.worker.console.device import Console, Saved
 from vhost_device_console.worker.console.port import Port
 
 MOST = 4  # ports
@@ -164,6 +165,21 @@ def run(data: bytes) -> None:
             case 15:
                 console = _moved(console)
         _check(console)
+    _check_saved(console)
+
+
+def _check_saved(console: Console) -> None:
+    """What a successor makes of the saved dialogue is the same dialogue."""
+    data = msgspec.msgpack.encode(console.save())
+    again = Console([], MOST)
+    again.ports.update(console.ports)
+    again.resume(msgspec.msgpack.decode(data, type=Saved))
+    assert msgspec.msgpack.encode(again.save()) == data
+    for number in console.ports:
+        assert again.control.state(number) is console.control.state(number)
+    for each in (console, again):
+        each.control.receive(_MESSAGE.pack(0, Event.PORT_READY, 1))
+    assert again.control.replies == console.control.replies
 
 
 def _say(console: Console, guest: Guest | None, message: bytes) -> Guest | None:

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
 from source import Source
 from vhost_device_console.errors import FrontendError, RefusedError
 from vhost_device_console.worker.vhost_user import message as wire
@@ -163,11 +164,21 @@ def _handle(
             assert len(reply.payload) <= wire.LARGEST_PAYLOAD
             wire.encode(request, reply.payload, reply=True)
             assert not session.acknowledges(request, asked=True)
+    _check_saved(session)
     known = session._rings  # noqa: SLF001
     assert len(known) <= wire.MOST_QUEUES
     assert {at: ring.enabled for at, ring in known.items() if ring.running} == {
         at: known[at].enabled for at in model.running
     }
+
+
+def _check_saved(session: fx.Session) -> None:
+    """What a successor makes of the saved session is the same session."""
+    saved = msgspec.msgpack.decode(msgspec.msgpack.encode(session.save()), type=fx.Saved)
+    again = fx.Session(_FEATURES, 16, _LARGEST)
+    again.protocol_features = session.protocol_features
+    again.resume(saved)
+    assert vars(again) == vars(session)
 
 
 def _carry_out(steps: fx.Steps, model: Model, refuse: int) -> fx.Reply | None:

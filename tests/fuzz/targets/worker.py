@@ -148,9 +148,8 @@ class Master:
         """Fork a worker, as it were."""
         self.line, theirs = custody.pair()
         held = {key: os.dup(fd) for key, fd in self.vault.fds.items() if key <= self.commit.newest}
-        ports = tuple(
-            PortFiles(os.dup(fd), None, {}) for fd, _ in zip(self.journals, self.ports, strict=False)
-        )
+        journals = self.journals[: len(self.ports)]
+        ports = tuple(PortFiles(os.dup(fd), None, {}) for fd in journals)
         guest = msgspec.structs.replace(_GUEST, ports=tuple(self.ports))
         self.guest = Guest(
             guest,

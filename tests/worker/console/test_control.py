@@ -352,6 +352,16 @@ def test_nothing_is_presumed_of_a_device_that_could_not_be_set_up(control: Contr
     assert control.state(0) is State.FAILED
 
 
+def test_a_successor_knows_that_the_device_could_not_be_set_up(
+    control: Control, port: Port
+) -> None:
+    say(control, Event.DEVICE_READY, 0)
+    successor = promising({0: port})
+    successor.resume(control.save())
+    successor.presume(told=True)
+    assert successor.state(0) is State.FAILED
+
+
 def test_a_new_port_is_closed_whatever_was_said_of_the_one_before(
     control: Control, port: Port
 ) -> None:
