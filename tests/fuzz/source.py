@@ -32,6 +32,10 @@ class Source:
         """Return the next `size` bytes as a number without a sign, the lowest first."""
         return int.from_bytes(self.take(size), "little")
 
+    def peek(self) -> int | None:
+        """Return the next byte and leave it there, None at the end."""
+        return self._data[self._at] if self else None
+
     def byte(self) -> int:
         return self.number(1)
 

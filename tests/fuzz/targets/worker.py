@@ -67,6 +67,9 @@ _MOST_KILLS = 4
 
 _AVAILABLE, _IN_USE = 1 << 7, 1 << 15
 
+#: A step after which nothing comes.
+POISON = 0xFB
+
 ALL = int(fx.PROTOCOL_FEATURES)
 INBAND = int(wire.ProtocolFeature.INBAND_NOTIFICATIONS)
 FEATURES = 1 << 32 | 1 << 30 | 0b111
@@ -184,6 +187,21 @@ class Master:
         if before and not told:
             again, _ = self.guest._save()  # noqa: SLF001
             _compare(before, again)
+
+    def poison(self, source: Source) -> None:
+        """Give a successor a snapshot that is none; it may die, and nobody goes on after it."""
+        snapshot = bytearray(self.commit.snapshot)
+        for _ in range(1 + source.byte() % 8):
+            if snapshot:
+                snapshot[source.number(2) % len(snapshot)] = source.byte()
+        self.commit = msgspec.structs.replace(self.commit, snapshot=bytes(snapshot))
+        self.event = None
+        self.arrivals.clear()
+        with contextlib.suppress(Exception):
+            self.begin()
+            self.guest._drain(0)  # noqa: SLF001
+            self.guest._flush()  # noqa: SLF001
+        self.dead.append(self.guest)
 
     def tell(self, order: custody.Order, fds: Iterable[int] = ()) -> None:
         """Give the worker an order, which it obeys at once."""
@@ -340,9 +358,10 @@ class Master:
     def close(self) -> None:
         """Have the last worker give everything back, and do that here."""
         guest = self.guest
-        guest._close()  # noqa: SLF001
-        guest._poller.close()  # noqa: SLF001
-        guest._line.close()  # noqa: SLF001
+        if guest not in self.dead:
+            guest._close()  # noqa: SLF001
+            guest._poller.close()  # noqa: SLF001
+            guest._line.close()  # noqa: SLF001
         del self.guest, guest
         self.dead.clear()
         self.line.close()
@@ -521,9 +540,15 @@ def _run(master: Master, source: Source) -> bool:
     try:
         for _ in range(_MOST_STEPS):
             if not source:
+                master.turn()
+                break
+            if source.peek() == POISON:
+                source.byte()
+                master.dead.append(master.guest)
+                master.line.close()
+                master.poison(source)
                 break
             _step(master, source)
-        master.turn()
     finally:
         killed = len(master.dead) > 0
         with warnings.catch_warnings(action="ignore", category=ResourceWarning):
@@ -568,6 +593,9 @@ def seeds() -> Iterable[bytes]:
         yield begin + fuse + start(0, 1, 2, 3) + turn
         yield begin + start(2, 3, 1) + fuse + bytes([14, 0, 0, 1]) + turn + bytes([0x96, 5]) + turn
         yield begin + start(1) + b"\x0c" + turn + fuse + b"\x1c\x0d\x03" + turn + b"\x03" + turn
+    for at in range(0, 250, 5):
+        poison = bytes([POISON, 0, at, 0, at * 37 & 0xFF])
+        yield bytes([0, 0]) + start(0, 1, 2, 3) + b"\x0c" + turn + poison
     others = [say(request, 12, *([0] * 9)) for request in REQUESTS]
     for other in others:
         yield bytes([0, 8]) + start(0, 1) + other + turn + kill
