@@ -294,14 +294,12 @@ def _reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-def listen_unix(undo: ExitStack, path: str) -> int:
-    """Return a new listener at `path`, mode 0600, in place of a stale one; `undo` removes it.
+def listen_unix(path: str) -> Kept:
+    """Return a new listener at `path`, mode 0600, in place of a stale one.
 
     Raises ConfigError when something else is there or the path cannot be used.
     """
-    kept = _listen_unix(path, Access(), None)
-    undo.callback(kept.release)
-    return kept.fd
+    return _listen_unix(path, Access(), None)
 
 
 def _listen_unix(path: str, access: Access, inherited: Inherited | None) -> Kept:

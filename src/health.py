@@ -123,8 +123,13 @@ def encode(health: Health) -> bytes:
 class Decoder:
     """Turns the pipe's bytes, in whatever pieces they come, back into records."""
 
-    def __init__(self) -> None:
-        self._buffer = bytearray()
+    def __init__(self, rest: bytes = b"") -> None:
+        self._buffer = bytearray(rest)
+
+    @property
+    def rest(self) -> bytes:
+        """What has come of the next record; another decoder can go on with it."""
+        return bytes(self._buffer)
 
     def feed(self, data: bytes) -> Iterator[Health]:
         """Yield the records that `data` completes, oldest first.

@@ -15,6 +15,7 @@ import resource
 import selectors
 import signal
 import socket
+import subprocess
 import termios
 import time
 from collections.abc import Callable, Sequence
@@ -24,10 +25,24 @@ from itertools import pairwise
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from . import __version__, custody, journal, ledger, monitor, privileges, systemd, tls, worker
+import msgspec
+
+from . import (
+    __version__,
+    custody,
+    journal,
+    ledger,
+    monitor,
+    porter,
+    privileges,
+    succession,
+    systemd,
+    tls,
+    worker,
+)
 from .alarms import Alarms
 from .config import Daemon, Guest, Nested, Port, PortTable, Pty, with_port, without_port
-from .endpoints import Endpoint, Endpoints, Inherited, listen_unix
+from .endpoints import Endpoint, Endpoints, Inherited, Kept, KeptEndpoints, listen_unix
 from .errors import ConfigError, ConsoleError
 from .health import Decoder, Health, PortHealth
 from .logs import LogFiles
@@ -40,6 +55,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Run = Callable[[Guest, worker.Inheritance], int]
+
+#: Seconds that a worker has to leave its guest to a successor.
+_LEAVE_WITHIN = 5.0
 
 #: So many workers may fall in a row before their guest's frontend is let go.
 _MOST_CRASHES = 3
@@ -61,31 +79,85 @@ _PR_SET_MEMORY_MERGE = 67  # linux/prctl.h
 class _Terminal:
     """Standard input's settings as the user left them."""
 
-    def __init__(self) -> None:
-        self._saved: list[int | list[bytes | int]] | None = None
-        with suppress(termios.error):
-            self._saved = termios.tcgetattr(0)
+    def __init__(self, saved: list[int | list[bytes | int]] | None = None) -> None:
+        self.saved = saved
+        if saved is None:
+            with suppress(termios.error):
+                self.saved = termios.tcgetattr(0)
 
     def restore(self) -> None:
         """Put them back, without waiting for output that nobody may read."""
-        if self._saved is None:
+        if self.saved is None:
             return
         # Setting them from the background would stop this process.
         before = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
         try:
             with suppress(termios.error):
-                if termios.tcgetattr(0) != self._saved:
-                    termios.tcsetattr(0, termios.TCSANOW, self._saved)
+                if termios.tcgetattr(0) != self.saved:
+                    termios.tcsetattr(0, termios.TCSANOW, self.saved)
         finally:
             signal.signal(signal.SIGTTOU, before)
+
+
+class _SavedGuest(msgspec.Struct, array_like=True, kw_only=True):
+    """One guest and its worker, for the next program; names as in `_Guest`."""
+
+    guest: Guest
+    added: list[int]
+    endpoints: KeptEndpoints
+    journals: dict[int, int]
+    ledger: int
+    logs: dict[int, dict[int, int]]
+    sizes: list[custody.Resize]
+    past: list[PortHealth]
+    before: Health
+    health: Health
+    supervisor: tuple[str, float | None, float, int, int]
+    crashes: int
+    porter: porter.Saved
+    pid: int | None
+    pipe: int | None
+    heard: bool
+    decoder: bytes
+    line: int | None
+    behind: bool
+
+    def fds(self) -> set[int]:
+        """Return all descriptors."""
+        fds = {*self.journals.values(), self.ledger, *self.porter.held.values()}
+        fds.update(fd for files in self.logs.values() for fd in files.values())
+        fds.update(kept.fd for kept in (self.endpoints.frontend, *self.endpoints.ports.values()))
+        if self.porter.channel is not None:
+            fds.update((self.porter.channel.fd, *self.porter.channel.fds))
+        return fds | {fd for fd in (self.pipe, self.line) if fd is not None}
+
+
+class _State(msgspec.Struct, array_like=True, kw_only=True):
+    """All that the next program goes on with."""
+
+    version: int
+    guests: list[_SavedGuest]
+    modes: list[int | list[bytes | int]] | None
+    status_at: Kept | None
+    visitors: list[monitor.Visitor]
+    gateways: list[tuple[int, int]]
+
+    def fds(self) -> set[int]:
+        """Return all descriptors."""
+        fds = {fd for guest in self.guests for fd in guest.fds()}
+        fds.update(fd for _, fd in self.gateways)
+        fds.update(visitor.fd for visitor in self.visitors)
+        return fds if self.status_at is None else fds | {self.status_at.fd}
 
 
 class _Guest:
     """One guest as the master sees it; everything here outlives its workers.
 
     `journals`, `logs`, `past` (counters of workers that are gone) and `sizes` (given by command)
-    are by the port's id. `crashes` counts workers in a row that fell by themselves soon after they
-    began.
+    are by the port's id. `added` are the ids of ports that commands added. `crashes` counts workers
+    in a row that fell by themselves soon after they began. `leaving` says that the worker was told
+    to leave its guest to a successor, `asked` when it was asked whether it is alive, None once it
+    said so, `hung` that it never did.
     """
 
     def __init__(
@@ -104,9 +176,14 @@ class _Guest:
         self.porter = porter
         self.journals: dict[int, int] = {}
         self.logs: dict[int, LogFiles] = {}
+        self._kept_logs: dict[int, dict[int, int]] = {}  # of another program
         self.sizes: dict[int, custody.Resize] = {}
         self.supervisor = Supervisor(now)
         self.crashes = 0
+        self.added: set[int] = set()
+        self.leaving = False
+        self.hung = False
+        self.asked: float | None = None
         self.pid: int | None = None
         self.pipe: int | None = None
         self.line: Line | None = None
@@ -220,6 +297,7 @@ class _Guest:
             self.tell(custody.AddPort(port, [] if log is None else [*log.files]), files)
             undo.pop_all()
         self.guest = more
+        self.added.add(port.id)
         self.endpoints.ports[port.id] = endpoint
         self.journals[port.id] = journal_fd
         if log is not None:
@@ -232,6 +310,7 @@ class _Guest:
         less = without_port(self.guest, port.id)
         self.tell(custody.RemovePort(port.id))
         self.guest = less
+        self.added.discard(port.id)
         self.close_port(port)
         self.endpoints.ports.pop(port.id).close()
         os.close(self.journals.pop(port.id))
@@ -261,11 +340,61 @@ class _Guest:
             with suppress(ConsoleError):  # it has just begun and cannot be behind
                 self.tell(order)
 
+    def save(self) -> _SavedGuest | None:
+        """Return what the next program needs; None when it is over with this guest."""
+        endpoints = self.endpoints.kept
+        if endpoints is None:
+            return None
+        return _SavedGuest(
+            guest=self.guest,
+            added=[*self.added],
+            endpoints=endpoints,
+            journals=self.journals,
+            ledger=self.ledger,
+            logs={port_id: log.files for port_id, log in self.logs.items()},
+            sizes=[*self.sizes.values()],
+            past=[*self.past.values()],
+            before=self.before,
+            health=self.health,
+            supervisor=self.supervisor.save(),
+            crashes=self.crashes,
+            porter=self.porter.save(),
+            pid=self.pid,
+            pipe=self.pipe,
+            heard=self.heard,
+            decoder=self.decoder.rest,
+            line=None if self.line is None else self.line.sock.fileno(),
+            behind=self.line is not None and self.line.behind,
+        )
+
+    def resume(self, saved: _SavedGuest) -> None:
+        """Go on with what another program had."""
+        kept = {port.id for port in self.guest.ports if _same(port, saved.guest)}
+        for port_id, fd in saved.journals.items():
+            if port_id in kept:
+                self.journals[port_id] = fd
+            else:
+                os.close(fd)
+        self.added = {*saved.added} & kept
+        self.sizes = {size.port: size for size in saved.sizes if size.port in kept}
+        self.past.update({port.id: port for port in saved.past if port.id in kept})
+        self.before, self.health = saved.before, saved.health
+        self.supervisor = Supervisor.resume(saved.supervisor)
+        self.crashes = saved.crashes
+        self._kept_logs = {id_: files for id_, files in saved.logs.items() if id_ in kept}
+        self.pid, self.pipe = saved.pid, saved.pipe
+        self.decoder = Decoder(saved.decoder)
+
     def open_logs(self) -> None:
         """Open every port's log; raises ConfigError."""
         for port in self.guest.ports:
+            files = self._kept_logs.pop(port.id, None)
             if port.log is not None:
-                self.logs[port.id] = LogFiles(port.log)
+                self.logs[port.id] = log = LogFiles(port.log, files)
+                if files is not None and log.reopen():
+                    self._tell_log(port.id, log)
+            elif files is not None:
+                custody.close(files.values())
 
     def reopen_logs(self) -> None:
         """Have what lies at the logs' paths now be written."""
@@ -384,16 +513,27 @@ def serve(daemon: Daemon, *, run: Run = worker.run) -> int:
     0: stopped or done. 1: a guest was lost for good. Raises ConfigError, with nothing left behind,
     when a socket or another endpoint cannot be had.
     """
+    if succession.on_trial():
+        return 0
     _allow_merging()
+    handed = succession.take_over()
+    before = None if handed is None else msgspec.msgpack.decode(handed, type=_State)
+    for fd in () if before is None else before.fds():
+        os.set_inheritable(fd, False)
     with ExitStack() as undo:
-        return _Master(daemon, run, undo).serve()
+        return _Master(daemon, run, undo, before).serve()
 
 
 class _Master:
-    def __init__(self, daemon: Daemon, run: Run, undo: ExitStack) -> None:
+    def __init__(
+        self, daemon: Daemon, run: Run, undo: ExitStack, before: _State | None = None
+    ) -> None:
         self._run = run
         self._status = 0
         self._stopping = False
+        self._trial: subprocess.Popen[bytes] | None = None
+        self._over = False  # another program is to take this one's place
+        self._due: list[_Guest] = []  # whose workers are an earlier program's
         self._starting: list[_Guest] = []
         inherited = Inherited(systemd.listen_fds())
         undo.callback(inherited.close)
@@ -403,62 +543,117 @@ class _Master:
         undo.callback(self._selector.close)
         self._alarms = Alarms()
         self._selector.register(self._signals, selectors.EVENT_READ, self._take_signals)
+        self._watchdog_s = systemd.watchdog_s()
+        self._watchdog = self._alarms.new(self._watch)
+        self._trial_over = self._alarms.new(self._end_trial)
+        self._left = self._alarms.new(self._left_too_long)
         confine = partial(privileges.confine_gateway, all(g.sandbox for g in daemon.guests))
-        self._gateway = tls.Gateway(self._selector, self._take_in, confine)
+        gateways = [] if before is None else before.gateways
+        self._gateway = tls.Gateway(self._selector, self._take_in, confine, gateways)
         undo.callback(self._gateway.close)
-        self._guests = [self._prepare(guest, inherited, undo) for guest in daemon.guests]
+        known = {} if before is None else {_identity(saved.guest): saved for saved in before.guests}
+        self._guests = [
+            self._prepare(guest, inherited, undo, known.pop(_identity(guest), None))
+            for guest in daemon.guests
+        ]
+        for saved in known.values():
+            self._guests.append(gone := self._prepare(saved.guest, inherited, undo, saved))
+            self._step(gone, Event.STOP)
         inherited.close()
         self._terminal: _Terminal | None = None
         if any(isinstance(port.backend, Nested) for g in daemon.guests for port in g.ports):
-            self._terminal = _Terminal()
+            self._terminal = _Terminal(None if before is None else before.modes)
             undo.callback(self._terminal.restore)
         privileges.confine_master(daemon.user)
         for guest in self._guests:
             guest.open_logs()  # as the user who will have to open the next ones
         self._gateway.start()  # as whoever this is now
-        self._monitor = self._listen(undo)
+        self._status_at: Kept | None = None
+        self._monitor = self._listen(before)
+        undo.callback(self._listen_no_more)
 
-    def _prepare(self, guest: Guest, inherited: Inherited, undo: ExitStack) -> _Guest:
-        _check_cpus(guest)
-        endpoints = Endpoints(guest, inherited)
+    def _prepare(
+        self, guest: Guest, inherited: Inherited, undo: ExitStack, saved: _SavedGuest | None
+    ) -> _Guest:
+        """Make all that a guest needs, or go on with what another program had of it."""
+        if saved is None:
+            _check_cpus(guest)
+            endpoints = Endpoints(guest, inherited)
+        else:
+            guest, endpoints = _adopt(guest, saved)
         undo.callback(endpoints.close)
         try:
-            ledger_fd = ledger.create(guest.name)
+            ledger_fd = ledger.create(guest.name) if saved is None else saved.ledger
         except OSError as error:
             raise ConfigError(f"{guest.name}: cannot make its ledger: {error.strerror}") from error
-        porter = Porter(guest.name, endpoints, self._selector, self._alarms)
+        held = None if saved is None else saved.porter
+        porter = Porter(guest.name, endpoints, self._selector, self._alarms, held)
         prepared = _Guest(guest, endpoints, ledger_fd, porter, self._gateway, time.monotonic())
         undo.callback(prepared.close)
+        if saved is not None:
+            prepared.resume(saved)
         for port in guest.ports:
-            prepared.journals[port.id] = _create_journal(guest, port)
+            if port.id not in prepared.journals:
+                prepared.journals[port.id] = _create_journal(guest, port)
             prepared.open_port(port, endpoints.ports[port.id])
+        if saved is not None and saved.pid is not None:
+            self._go_on(prepared, saved)
         return prepared
 
-    def _listen(self, undo: ExitStack) -> monitor.Server | None:
+    def _go_on(self, guest: _Guest, saved: _SavedGuest) -> None:
+        """Have the worker that another program has forked, until it can be replaced."""
+        if guest.pipe is not None and saved.heard:
+            guest.heard = True
+            self._selector.register(guest.pipe, selectors.EVENT_READ, lambda: self._hear(guest))
+        if saved.line is not None:
+            sock = socket.socket(fileno=saved.line)
+            guest.line = Line(self._selector, sock, lambda: self._listen_to(guest))
+            guest.porter.go_on(guest.line)
+        if saved.behind:
+            self._signal(guest, signal.SIGKILL)  # its successor is told all of it
+        self._due.append(guest)
+
+    def _listen(self, before: _State | None) -> monitor.Server | None:
+        kept, visitors = (None, []) if before is None else (before.status_at, before.visitors)
         try:
-            listener = listen_unix(undo, monitor.own_path(os.environ))
+            self._status_at = kept or listen_unix(monitor.own_path(os.environ))
         except (OSError, ConfigError) as error:
             _log.warning("no status can be asked for: %s", error)
             return None
-        server = monitor.Server(self._selector, listener, self._answer)
-        undo.callback(server.close)
-        return server
+        return monitor.Server(self._selector, self._status_at.fd, self._answer, visitors)
+
+    def _listen_no_more(self) -> None:
+        if self._monitor is not None:
+            self._monitor.close()
+        if self._status_at is not None:
+            self._status_at.release()
 
     # The loop
 
     def serve(self) -> int:
         self._announce()
         self._tick()
-        systemd.notify(f"READY=1\nSTATUS=guests: {len(self._guests)}")
+        self._ready()
+        self._watch()
+        for guest in self._guests:
+            self._reap(guest)  # one of another program's may have ended meanwhile
+        self._replace_next()
         try:
             while any(g.supervisor.state is not State.FINISHED for g in self._guests):
-                for key, _ in self._selector.select(self._timeout()):
+                # Whoever has asked something is answered before another program begins.
+                events = self._selector.select(0 if self._over else self._timeout())
+                if self._over and not events:
+                    self._hand_over()
+                for key, _ in events:
                     key.data()
                 self._tick()
         finally:
             systemd.notify("STOPPING=1")
             self._kill_all()
         return self._status
+
+    def _ready(self) -> None:
+        systemd.notify(f"READY=1\nSTATUS=guests: {len(self._guests)}")
 
     def _announce(self) -> None:
         """Say on stdout what nobody could guess: the names of ptys."""
@@ -508,6 +703,9 @@ class _Master:
 
     def _take_signals(self) -> None:
         numbers = set(os.read(self._signals, _PIPE_READ))
+        if signal.SIGHUP in numbers and not os.isatty(0):
+            numbers.remove(signal.SIGHUP)
+            self._reload()
         if numbers.intersection(_STOPS) and not self._stopping:
             self._stopping = True
             systemd.notify("STOPPING=1")
@@ -520,6 +718,110 @@ class _Master:
             self._gateway.reap()
             for guest in self._guests:
                 self._reap(guest)
+            self._judge()
+
+    # Another program
+
+    def _reload(self) -> None:
+        """Try the command line anew; if that goes well, it takes this program's place."""
+        if self._stopping or self._trial is not None:
+            return
+        systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        try:
+            self._trial = succession.trial()
+        except OSError as error:
+            _log.error("nothing is reloaded: %s", error)
+            self._ready()
+            return
+        self._trial_over.start(succession.TRIAL_WITHIN)
+
+    def _end_trial(self) -> None:
+        if self._trial is not None:
+            self._trial.kill()
+
+    def _judge(self) -> None:
+        """See how a trial went, once it is over."""
+        if self._trial is None or (status := self._trial.poll()) is None:
+            return
+        self._trial = None
+        self._trial_over.stop()
+        if status == 0:
+            self._over = True
+            return
+        _log.error("nothing is reloaded: the command line would fail (%s)", _cause(status))
+        self._ready()
+
+    def _hand_over(self) -> None:
+        """Have this program begin anew in its place; return only if that cannot be."""
+        self._over = False
+        if self._stopping:
+            return
+        saved = [each for guest in self._guests if (each := guest.save()) is not None]
+        state = _State(
+            version=succession.VERSION,
+            guests=saved,
+            modes=None if self._terminal is None else self._terminal.saved,
+            status_at=self._status_at,
+            visitors=[] if self._monitor is None else self._monitor.hand_over(),
+            gateways=self._gateway.kept,
+        )
+        # What comes until the next program has handlers waits for them.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        _log.info("begins anew")
+        try:
+            succession.hand_over(state, state.fds())
+        except OSError as error:
+            _log.error("nothing is reloaded: %s", error)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        self._monitor = self._listen(state)
+        self._ready()
+
+    def _replace_next(self) -> None:
+        """Have one more worker of an earlier program's replaced, when the last one was."""
+        self._left.stop()
+        while self._due and not any(guest.leaving for guest in self._guests):
+            guest = self._due.pop(0)
+            if guest.pid is None or guest.line is None:
+                continue
+            if not worker.can_resume(guest.porter.snapshot):
+                _log.warning(
+                    "%s keeps its worker: this program cannot go on from what that one has saved",
+                    guest.guest.name,
+                )
+                continue
+            with suppress(ConsoleError):
+                guest.tell(custody.Leave())
+            guest.leaving = True
+            self._left.start(_LEAVE_WITHIN)
+
+    def _left_too_long(self) -> None:
+        for guest in self._guests:
+            if guest.leaving:
+                self._signal(guest, signal.SIGKILL)
+
+    # Life
+
+    def _watch(self) -> None:
+        """Ask every worker whether it is alive, end one that is not, and tell systemd."""
+        if self._watchdog_s is None:
+            return
+        now = time.monotonic()
+        alive = True
+        for guest in self._guests:
+            if guest.line is None or guest.supervisor.state is not State.RUNNING:
+                continue
+            if guest.asked is None:
+                guest.asked = now
+                guest.line.send(custody.Ping())
+            elif now - guest.asked >= self._watchdog_s / 2:
+                _log.error("%s: its worker does not answer: killed", guest.guest.name)
+                guest.hung = True
+                self._signal(guest, signal.SIGKILL)
+                alive = False
+        if alive:
+            systemd.notify("WATCHDOG=1")
+        self._watchdog.start(self._watchdog_s / 4)
 
     def _take_in(self, name: str, port: int, client: socket.socket) -> None:
         """Hand a client that came by TLS to its guest's worker."""
@@ -595,8 +897,11 @@ class _Master:
             while data := os.read(guest.pipe, _PIPE_READ):
                 for record in guest.decoder.feed(data):
                     guest.health = record
+                    begun = guest.supervisor.state is State.STARTING
                     guest.mind_logs()
                     self._step(guest, Event.HEALTHY)
+                    if begun:
+                        self._replace_next()
         except BlockingIOError:
             return
         except ValueError as error:
@@ -614,6 +919,7 @@ class _Master:
                 if isinstance(word, custody.Commit):
                     guest.porter.committed(word, fds)
                 else:
+                    guest.asked = None
                     custody.close(fds)
         except (OSError, ValueError) as error:
             if guest.line is not None:
@@ -651,20 +957,25 @@ class _Master:
         if self._terminal is not None:
             self._terminal.restore()
         code = os.waitstatus_to_exitcode(status)
+        left, guest.leaving = guest.leaving, False
+        guest.asked = None
+        if left and code in (worker.HANDOVER, -signal.SIGKILL):
+            self._step(guest, Event.LEFT)
+            return
         if code == 0 or guest.supervisor.state is State.STOPPING:
             self._step(guest, Event.DONE)
             return
-        if code != worker.HANDOVER:
-            _log.error("%s: its worker died: %s", guest.guest.name, _cause(code))
-            self._look_into(guest, code)
+        _log.error("%s: its worker died: %s", guest.guest.name, _cause(code))
+        self._look_into(guest, code)
         self._step(guest, Event.DIED)
 
     def _look_into(self, guest: _Guest, code: int) -> None:
         """Let the frontend go that a worker cannot serve."""
         if time.monotonic() - guest.supervisor.started > WELL_AFTER:
             guest.crashes = 0
-        if code != -signal.SIGKILL:  # nobody but we or the system kills
+        if code != -signal.SIGKILL or guest.hung:  # else somebody wanted it
             guest.crashes += 1
+        guest.hung = False
         if code == -signal.SIGBUS:
             self._lose(guest, "it shrank its memory")
         elif guest.crashes >= _MOST_CRASHES:
@@ -755,6 +1066,35 @@ class _Master:
             privileges=guest.health.privileges if alive else None,
             ports=guest.ports(),
         )
+
+
+def _identity(guest: Guest) -> str:
+    """Return by what a guest is known to the next program: where its frontend connects."""
+    return f"fd {guest.fd}" if guest.socket_path is None else guest.socket_path
+
+
+def _same(port: Port, guest: Guest) -> bool:
+    """Say whether `guest` has that port, too: a journal is its number's and its name's."""
+    return any((port.id, port.name) == (other.id, other.name) for other in guest.ports)
+
+
+def _adopt(guest: Guest, saved: _SavedGuest) -> tuple[Guest, Endpoints]:
+    """Return a guest as it is to be, with the ports that commands added, and its endpoints.
+
+    As it was, where it cannot be as it is to be.
+    """
+    for port in saved.guest.ports:
+        free = port.id < guest.max_ports and all(
+            port.id != other.id and port.name != other.name for other in guest.ports
+        )
+        if port.id in saved.added and free:
+            guest = msgspec.structs.replace(guest, ports=(*guest.ports, port))
+    try:
+        _check_cpus(guest)
+        return guest, Endpoints(guest, adopted=saved.endpoints)
+    except ConfigError as error:
+        _log.error("%s goes on as it was: %s", guest.name, error)
+        return saved.guest, Endpoints(saved.guest, adopted=saved.endpoints)
 
 
 def _check_cpus(guest: Guest) -> None:

@@ -12,7 +12,7 @@ import re
 import selectors
 import socket
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Annotated
 
@@ -296,6 +296,14 @@ class _Client:
         self.unsent = bytearray()
 
 
+class Visitor(msgspec.Struct, array_like=True):
+    """A client that another program goes on with: what it asked and was not sent yet."""
+
+    fd: int
+    received: bytes
+    unsent: bytes
+
+
 class Server:
     """Answers clients from the caller's selector, whose keys carry a callable as data.
 
@@ -309,6 +317,7 @@ class Server:
         selector: selectors.BaseSelector,
         listener: int,
         answer: Callable[[Request], Status | Done],
+        visitors: Iterable[Visitor] = (),
     ) -> None:
         self._selector = selector
         self._listener = listener
@@ -318,6 +327,23 @@ class Server:
         self._refusals = Sparing()
         self._take_spare()
         selector.register(listener, selectors.EVENT_READ, self._accept)
+        for visitor in visitors:
+            client = self._welcome(socket.socket(fileno=visitor.fd))
+            client.received += visitor.received
+            client.unsent += visitor.unsent
+            self._flush(client)
+
+    def hand_over(self) -> list[Visitor]:
+        """Stop listening; return the clients, who are the caller's from now on."""
+        clients = [*self._clients.values()]
+        for client in clients:
+            self._selector.unregister(client.connection)
+        self._clients.clear()
+        self.close()
+        return [
+            Visitor(each.connection.detach(), bytes(each.received), bytes(each.unsent))
+            for each in clients
+        ]
 
     def close(self) -> None:
         """Drop every client and stop listening."""
@@ -352,10 +378,14 @@ class Server:
             return
         if len(self._clients) >= MOST_CLIENTS:
             self._drop(next(iter(self._clients.values())))
+        self._welcome(connection)
+
+    def _welcome(self, connection: socket.socket) -> _Client:
         connection.setblocking(False)
         client = _Client(connection)
         self._clients[connection.fileno()] = client
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._serve(client))
+        return client
 
     def _turn_away(self, listener: socket.socket) -> None:
         """Hang up on a client there is no descriptor for, or the listener stays readable."""

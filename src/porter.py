@@ -14,12 +14,15 @@ import selectors
 import socket
 from collections.abc import Callable, Sequence
 
+import msgspec
+
 from . import custody
 from .admission import Door
 from .alarms import Alarms
 from .custody import Commit, FrontendCame, FrontendEvent, FrontendGone, FrontendSaid, Order, Vault
 from .endpoints import Endpoints
 from .errors import FrontendError
+from .worker.vhost_user import channel
 from .worker.vhost_user.channel import Channel
 
 _log = logging.getLogger(__name__)
@@ -35,6 +38,23 @@ MOST_ARRIVALS = 64
 
 #: Arrivals taken before everybody else has a turn.
 _AT_ONCE = 16
+
+
+class Saved(msgspec.Struct, array_like=True, kw_only=True):
+    """All that a porter knows, and its descriptors; the names are those of `Porter`."""
+
+    held: dict[int, int]
+    last_key: int
+    snapshot: bytes
+    newest: int
+    serial: int
+    lost: bool
+    refused: int
+    frontend: int | None
+    event: FrontendEvent | None
+    last: int
+    channel: channel.Saved | None
+    arrivals: list[custody.ClientCame]
 
 
 class Line:
@@ -97,8 +117,14 @@ class Porter:
     """
 
     def __init__(
-        self, name: str, endpoints: Endpoints, selector: selectors.BaseSelector, alarms: Alarms
+        self,
+        name: str,
+        endpoints: Endpoints,
+        selector: selectors.BaseSelector,
+        alarms: Alarms,
+        saved: Saved | None = None,
     ) -> None:
+        """Be there for who comes; with `saved`, go on in place of another porter."""
         self._name = name
         self._selector = selector
         self.vault = Vault()
@@ -119,10 +145,40 @@ class Porter:
         self._open: set[int] = set()
         self._no_room = alarms.new(self._open_all)
         self.listening = endpoints.listening()
+        if saved is not None:
+            self._resume(saved)
         if self.listening:
             self._add_door(-1, endpoints.frontend, lambda: self._on_frontend(endpoints.door))
-        else:
+        elif saved is None:
             self._connected(socket.socket(fileno=os.dup(endpoints.frontend)))
+
+    def save(self) -> Saved:
+        """Return what another porter needs, in another program."""
+        return Saved(
+            held=self.vault.fds,
+            last_key=self.vault.newest,
+            snapshot=self.snapshot,
+            newest=self.newest,
+            serial=self.serial,
+            lost=self.lost,
+            refused=self.refused,
+            frontend=self.frontend,
+            event=self._event,
+            last=self._last,
+            channel=None if self._channel is None else self._channel.save(),
+            arrivals=[*self._arrivals.values()],
+        )
+
+    def _resume(self, saved: Saved) -> None:
+        self.vault.fds, self.vault.newest = saved.held, saved.last_key
+        self.snapshot, self.newest, self.serial = saved.snapshot, saved.newest, saved.serial
+        self.lost, self.refused, self.frontend = saved.lost, saved.refused, saved.frontend
+        self._event, self._last = saved.event, saved.last
+        self._arrivals = {came.key: came for came in saved.arrivals}
+        if saved.channel is not None:
+            self._channel = channel.Channel.resume(saved.channel)
+            if self._event is None:
+                self._listen_to(self._channel)
 
     # Doors
 
@@ -195,6 +251,10 @@ class Porter:
         self._tell(came, [self.vault.fds[came.key]])
 
     # The worker
+
+    def go_on(self, line: Line) -> None:
+        """Have a worker that knows all it was told."""
+        self._line = line
 
     def begin(self, line: Line) -> None:
         """Tell a new worker what none before it has committed."""
@@ -309,14 +369,14 @@ class Porter:
 
     def _on_channel(self) -> None:
         """Read the frontend's next message, unless the worker is busy with one."""
-        channel = self._channel
-        if channel is None:
+        frontend = self._channel
+        if frontend is None:
             return
         if self._event is not None:
             self._listen_to(None)
             return
         try:
-            message = channel.receive()
+            message = frontend.receive()
         except FrontendError as error:
             self._fail(str(error))
             return
@@ -334,22 +394,22 @@ class Porter:
                 keys,
             )
             self._raise(said, [self.vault.fds[key] for key in keys])
-        elif channel.closed:
+        elif frontend.closed:
             _log.info("%s: frontend disconnected", self._name)
             self._let_go()
         else:
-            self._listen_to(channel)
-            if not channel.partial:
+            self._listen_to(frontend)
+            if not frontend.partial:
                 self._too_slow.stop()
             elif self._too_slow.due is None:
                 self._too_slow.start(MESSAGE_WITHIN)
 
-    def _listen_to(self, channel: Channel | None) -> None:
-        if self._hearing and channel is None and self._channel is not None:
+    def _listen_to(self, frontend: Channel | None) -> None:
+        if self._hearing and frontend is None and self._channel is not None:
             self._selector.unregister(self._channel.fileno())
             self._hearing = False
-        elif channel is not None and not self._hearing:
-            self._selector.register(channel.fileno(), selectors.EVENT_READ, self._on_channel)
+        elif frontend is not None and not self._hearing:
+            self._selector.register(frontend.fileno(), selectors.EVENT_READ, self._on_channel)
             self._hearing = True
 
     def _on_too_slow(self) -> None:
@@ -363,10 +423,10 @@ class Porter:
         """Close the frontend's connection, if there is one."""
         self._too_slow.stop()
         self._listen_to(None)
-        channel, self._channel = self._channel, None
+        frontend, self._channel = self._channel, None
         self.frontend = None
-        if channel is not None:
-            channel.close()
+        if frontend is not None:
+            frontend.close()
 
     def _let_go(self) -> None:
         """Close the connection, and tell the worker."""

@@ -37,6 +37,7 @@ class Event(StrEnum):
     HEALTHY = auto()  # a health record came
     DIED = auto()  # it ended, or could not be forked
     DONE = auto()  # it ended and wants no successor
+    LEFT = auto()  # it ended as it was told to, and leaves its guest to a successor
     TIMER = auto()  # the deadline passed
     STOP = auto()  # the daemon ends
 
@@ -56,26 +57,31 @@ TABLE: dict[tuple[State, Event], tuple[State, Action]] = {
     (_S.STARTING, _E.HEALTHY): (_S.RUNNING, _A.NOTHING),
     (_S.STARTING, _E.DIED): (_S.BACKOFF, _A.NOTHING),
     (_S.STARTING, _E.DONE): (_S.FINISHED, _A.NOTHING),
+    (_S.STARTING, _E.LEFT): (_S.STARTING, _A.START),
     (_S.STARTING, _E.TIMER): (_S.STARTING, _A.NOTHING),
     (_S.STARTING, _E.STOP): (_S.STOPPING, _A.TERMINATE),
     (_S.RUNNING, _E.HEALTHY): (_S.RUNNING, _A.NOTHING),
     (_S.RUNNING, _E.DIED): (_S.BACKOFF, _A.NOTHING),
     (_S.RUNNING, _E.DONE): (_S.FINISHED, _A.NOTHING),
+    (_S.RUNNING, _E.LEFT): (_S.STARTING, _A.START),
     (_S.RUNNING, _E.TIMER): (_S.RUNNING, _A.NOTHING),
     (_S.RUNNING, _E.STOP): (_S.STOPPING, _A.TERMINATE),
     (_S.BACKOFF, _E.HEALTHY): (_S.BACKOFF, _A.NOTHING),
     (_S.BACKOFF, _E.DIED): (_S.BACKOFF, _A.NOTHING),
     (_S.BACKOFF, _E.DONE): (_S.BACKOFF, _A.NOTHING),
+    (_S.BACKOFF, _E.LEFT): (_S.BACKOFF, _A.NOTHING),
     (_S.BACKOFF, _E.TIMER): (_S.STARTING, _A.START),
     (_S.BACKOFF, _E.STOP): (_S.FINISHED, _A.NOTHING),
     (_S.STOPPING, _E.HEALTHY): (_S.STOPPING, _A.NOTHING),
     (_S.STOPPING, _E.DIED): (_S.FINISHED, _A.NOTHING),
     (_S.STOPPING, _E.DONE): (_S.FINISHED, _A.NOTHING),
+    (_S.STOPPING, _E.LEFT): (_S.FINISHED, _A.NOTHING),
     (_S.STOPPING, _E.TIMER): (_S.STOPPING, _A.KILL),
     (_S.STOPPING, _E.STOP): (_S.STOPPING, _A.NOTHING),
     (_S.FINISHED, _E.HEALTHY): (_S.FINISHED, _A.NOTHING),
     (_S.FINISHED, _E.DIED): (_S.FINISHED, _A.NOTHING),
     (_S.FINISHED, _E.DONE): (_S.FINISHED, _A.NOTHING),
+    (_S.FINISHED, _E.LEFT): (_S.FINISHED, _A.NOTHING),
     (_S.FINISHED, _E.TIMER): (_S.FINISHED, _A.NOTHING),
     (_S.FINISHED, _E.STOP): (_S.FINISHED, _A.NOTHING),
 }
@@ -102,6 +108,19 @@ class Supervisor:
         self.started = now
         self.restarts = -1
         self._failures = 0
+
+    def save(self) -> tuple[str, float | None, float, int, int]:
+        """Return what `resume` takes."""
+        return self.state.value, self.deadline, self.started, self.restarts, self._failures
+
+    @classmethod
+    def resume(cls, saved: tuple[str, float | None, float, int, int]) -> Supervisor:
+        """Return the supervisor that was saved, on the same clock."""
+        state, deadline, started, restarts, failures = saved
+        supervisor = cls(started)
+        supervisor.state, supervisor.deadline = State(state), deadline
+        supervisor.restarts, supervisor._failures = restarts, failures
+        return supervisor
 
     def handle(self, event: Event, now: float) -> Action:
         """Take one step and return what is to be done."""

@@ -16,9 +16,8 @@ from typing import Any
 
 import msgspec
 import pytest
-from vhost_device_console import monitor
+from vhost_device_console import endpoints, monitor
 from vhost_device_console.config import BackendKind, PortTable
-from vhost_device_console.endpoints import listen_unix
 from vhost_device_console.errors import ConfigError, ConsoleError
 from vhost_device_console.monitor import (
     LARGEST_REQUEST,
@@ -38,6 +37,14 @@ from vhost_device_console.monitor import (
 )
 
 from launch import WITHIN
+
+
+def listen(undo: ExitStack, path: str) -> int:
+    """Return a listener's descriptor."""
+    kept = endpoints.listen_unix(path)
+    undo.callback(kept.release)
+    return kept.fd
+
 
 REQUEST = b'{"type":"status"}\n'
 
@@ -93,7 +100,7 @@ class Desk:
         self.status = Status(version="1", guests=[GUEST])
         self.requests: list[Request] = []
         self._selector = undo.enter_context(selectors.DefaultSelector())
-        listener = listen_unix(undo, self.path)
+        listener = listen(undo, self.path)
         self._undo = undo
         server = Server(self._selector, listener, self._answer)
         undo.callback(server.close)
@@ -395,8 +402,8 @@ def test_live_daemons_are_found_in_the_folder_and_one_level_below(folder: Path) 
     (folder / "instance").mkdir()
     with ExitStack() as undo:
         here, below = str(folder / "5.sock"), str(folder / "instance" / "7.sock")
-        listen_unix(undo, here)
-        listen_unix(undo, below)
+        listen(undo, here)
+        listen(undo, below)
         assert monitor.find({"RUNTIME_DIRECTORY": str(folder)}) == [here, below]
 
 
@@ -424,7 +431,7 @@ def test_root_finds_daemons_that_became_other_users(
         for place in (theirs, forged):
             place.mkdir()
             os.chown(place, 65534, 65534)
-            listen_unix(undo, str(place / "5.sock"))
+            listen(undo, str(place / "5.sock"))
         assert monitor.find({"XDG_RUNTIME_DIR": str(folder / "no")}) == [str(theirs / "5.sock")]
 
 
@@ -516,7 +523,7 @@ def test_a_wrong_answer_is_one_line(reply: bytes, line: str, folder: Path) -> No
 def test_a_daemon_that_hangs_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monitor, "ANSWER_WITHIN", 0.05)
     with ExitStack() as undo:
-        listen_unix(undo, str(folder / "s"))
+        listen(undo, str(folder / "s"))
         with pytest.raises(ConsoleError, match="does not answer"):
             monitor.ask(str(folder / "s"))
 

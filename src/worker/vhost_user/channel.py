@@ -8,6 +8,8 @@ import os
 import socket
 import struct
 
+import msgspec
+
 from ...errors import FrontendError
 from . import message as wire
 
@@ -33,6 +35,16 @@ class Message:
             os.close(self.fds.pop())
 
 
+class Saved(msgspec.Struct, array_like=True):
+    """A channel, perhaps in the middle of a message, with its descriptors as they are."""
+
+    fd: int
+    begun: bytes
+    header: wire.Header | None
+    fds: list[int]
+    stray: bool
+
+
 class Channel:
     """A connected, non-blocking vhost-user socket.
 
@@ -47,6 +59,18 @@ class Channel:
         self._fds: list[int] = []
         self._stray = False
         self.closed = False
+
+    @classmethod
+    def resume(cls, saved: Saved) -> Channel:
+        """Return the channel that was saved, whose descriptors are its own from now on."""
+        channel = cls(socket.socket(fileno=saved.fd))
+        channel._buffer += saved.begun
+        channel._header, channel._fds, channel._stray = saved.header, saved.fds, saved.stray
+        return channel
+
+    def save(self) -> Saved:
+        """Return what `resume` takes."""
+        return Saved(self.fileno(), bytes(self._buffer), self._header, self._fds, self._stray)
 
     def fileno(self) -> int:
         """Return the socket's descriptor, to wait on."""

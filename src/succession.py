@@ -1,0 +1,95 @@
+"""How one program takes another's place as the master, with everything that it held.
+
+On SIGHUP the master executes itself anew, in the same process: its workers stay its children, and
+every descriptor keeps its number. A program that was ended and is started again by systemd gets the
+same descriptors from the fd store, and gives them the numbers that they had.
+
+Before that, the same command line is tried in a process of its own: a configuration that cannot be
+read, or a program that does not start, changes nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+
+import msgspec
+
+#: Of what is handed over; a program that knows another one refuses to take over.
+VERSION = 1
+
+_TRIAL = "VHOST_DEVICE_CONSOLE_TRIAL"
+_HANDED_OVER = "VHOST_DEVICE_CONSOLE_STATE"
+
+#: How long a trial may take, in seconds.
+TRIAL_WITHIN = 30.0
+
+
+def on_trial() -> bool:
+    """Say whether this process is only to find out whether it could take over.
+
+    Raises ValueError when it would not understand what it is handed.
+    """
+    version = os.environ.get(_TRIAL)
+    if version is None:
+        return False
+    if version != str(VERSION):
+        raise ValueError(f"it hands over version {version}, this program knows version {VERSION}")
+    return True
+
+
+def _command() -> list[str]:
+    return [sys.executable, *sys.orig_argv[1:]]
+
+
+def trial() -> subprocess.Popen[bytes]:
+    """Start a trial of this program and its configuration; its exit status says how it went."""
+    return subprocess.Popen(
+        _command(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, _TRIAL: str(VERSION)},
+    )
+
+
+def hand_over(state: msgspec.Struct, fds: Iterable[int]) -> None:
+    """Replace this program by itself, with `state` and `fds`; does not return.
+
+    Raises OSError when that cannot be done, with everything as it was.
+    """
+    kept = [*fds]
+    file = os.memfd_create("state", 0)
+    try:
+        with open(file, "wb", closefd=False) as whole:
+            whole.write(msgspec.msgpack.encode(state))
+        os.lseek(file, 0, os.SEEK_SET)
+        for fd in kept:
+            os.set_inheritable(fd, True)
+        command = _command()
+        os.execve(command[0], command, {**os.environ, _HANDED_OVER: str(file)})  # noqa: S606
+    finally:
+        os.close(file)
+        for fd in kept:
+            os.set_inheritable(fd, False)
+
+
+def take_over() -> bytes | None:
+    """Return the state that this program was handed, once; None when it starts anew."""
+    number = os.environ.pop(_HANDED_OVER, None)
+    if number is None:
+        return None
+    with open(int(number), "rb") as file:
+        return file.read()
+
+
+def settle(fds: dict[int, int]) -> None:
+    """Give descriptors the numbers they had: the values; no other may be open above stderr."""
+    moved = {fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, max(fds.values()) + 1): fds[fd] for fd in fds}
+    for fd in fds:
+        os.close(fd)
+    for fd, number in moved.items():
+        os.dup2(fd, number, inheritable=False)
+        os.close(fd)

@@ -1,0 +1,113 @@
+"""An upgrade is invisible: SIGHUP has the daemon begin anew in its place, and nobody notices."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scene import assert_same, attach, boot, converse, exactly, noise
+
+from launch import Daemon
+
+StartDaemon = Callable[..., Daemon]
+
+
+def reload(served: Daemon) -> list[dict[str, Any]]:
+    """Have a daemon begin anew, and return its status once all workers are new."""
+    before = served.workers()
+    served.signal(signal.SIGHUP)
+    status: list[dict[str, Any]] = served.until(
+        lambda guests: all(
+            guest["state"] == "running" and guest["worker"] not in before for guest in guests
+        ),
+        "its workers are the old ones",
+    )
+    return status
+
+
+def test_sessions_go_on_in_the_same_process(daemon: StartDaemon) -> None:
+    served = daemon("network", 3)
+    with attach(served) as peer, boot(served) as console:
+        for _ in range(3):
+            converse(console, peer)
+            assert {guest["daemon"] for guest in reload(served)} == {served.pid}
+        converse(console, peer)
+        assert served.status()[0]["frontend"] == os.getpid()
+
+
+def test_nothing_is_lost_or_doubled_under_load(daemon: StartDaemon) -> None:
+    served = daemon("network", 1)
+    data = noise(2 << 20)
+    part = len(data) // 4
+    with attach(served) as peer, boot(served) as console:
+        sender = threading.Thread(target=peer.sendall, args=[data])
+        sender.start()
+        got = b""
+        for at in range(0, len(data), part):
+            writer = threading.Thread(target=console.write, args=[data[at : at + part]])
+            writer.start()
+            reload(served)
+            got += exactly(peer, part)
+            writer.join()
+        back = console.read(len(data))
+        sender.join()
+    assert_same(got, data)
+    assert_same(back, data)
+
+
+def test_a_client_that_comes_meanwhile_is_let_in(daemon: StartDaemon) -> None:
+    served = daemon("network", 1)
+    with boot(served) as console:
+        served.workers()
+        served.signal(signal.SIGHUP)
+        with attach(served) as peer:
+            converse(console, peer)
+        served.expect_log("begins anew")
+
+
+def test_counters_go_on(daemon: StartDaemon) -> None:
+    served = daemon("network", 1)
+    with attach(served) as peer, boot(served) as console:
+        converse(console, peer)
+        before = served.until(lambda guests: guests[0]["sessions"] == 1, "no session")[0]
+        after = reload(served)[0]
+    counted = ("sessions", "refused", "chains")
+    assert [after[what] >= before[what] for what in counted] == [True] * 3
+    assert after["sessions"] == 1
+
+
+# A configuration
+
+
+def write(folder: Path, *guests: str) -> str:
+    """Write a configuration with these guests, and return its path."""
+    path = folder / "c.toml"
+    tables = [
+        f'[[guest]]\nsocket = "{folder}/{name}"\n'
+        '[[guest.port]]\nname = "c"\nbackend = "unix"\nconsole = true\n'
+        f'path = "{folder}/{name}.data"\n'
+        for name in guests
+    ]
+    path.write_text("".join(tables))
+    return str(path)
+
+
+@pytest.fixture
+def configured(folder: Path) -> Any:
+    """Give a daemon with a configuration of two guests."""
+    config = write(folder, "a", "b")
+    with Daemon(folder, None, 0, "--config", config, socket_path=None) as served:
+        yield served
+
+
+def test_what_does_not_parse_changes_nothing(configured: Daemon) -> None:
+    before = configured.workers()
+    Path(configured.folder, "c.toml").write_text("[[guest]]\nsocket-path = 7\n")
+    configured.signal(signal.SIGHUP)
+    configured.expect_log("nothing is reloaded: the command line would fail")
+    assert configured.workers() == before
