@@ -119,6 +119,7 @@ def confine_master(user: str | None) -> None:
     os.umask(_UMASK)
     if user is not None:
         _become(look_up(user))
+        prctl(_SET_DUMPABLE, 0)  # as the change of user does, but for a program that replaced it
     elif os.geteuid() == 0:
         _log.warning("it runs as root, where another user would do: name one with --user")
     _bound_capabilities(_MASTERS)

@@ -309,6 +309,14 @@ def test_a_master_becomes_the_user_with_its_groups_and_no_capability() -> None:
     assert {kernel[f"Cap{name}"] for name in ("Inh", "Prm", "Eff", "Amb")} == {"0" * 16}
 
 
+def test_a_daemon_with_a_user_is_nobody_s_to_trace_but_root_s() -> None:
+    def child() -> int:
+        privileges.confine_master(pwd.getpwuid(os.geteuid()).pw_name)
+        return prctl(3)
+
+    assert in_child(child) == 0
+
+
 @as_root
 def test_a_group_that_is_named_is_the_only_one() -> None:
     kernel = mastered("nobody:daemon")
