@@ -148,8 +148,8 @@ class Endpoint:
     `terminal`. Whoever comes in is to be shown to `door` first.
 
     An `inherited` listener of the same address is used and its file left alone. `adopted` is what
-    an earlier program kept of this endpoint; when it does not fit any more it is let go. Raises
-    ConfigError when the endpoint cannot be had.
+    an earlier program kept of this endpoint; when it does not fit any more it is let go once there
+    is another. Raises ConfigError when the endpoint cannot be had, and what was adopted stays.
     """
 
     def __init__(
@@ -158,8 +158,8 @@ class Endpoint:
         backend = port.backend
         self.name = "terminal"
         self.tls_listener: int | None = None
+        old = adopted
         if adopted is not None and not _fits(backend, adopted):
-            adopted.release()
             adopted = None
         match backend:
             case Network(host=host, port=number, tls=tls):
@@ -176,6 +176,8 @@ class Endpoint:
                 self.tls_listener, self.fd = self.fd, None
             case Pty() if self.fd is not None:
                 self.name = _slave_name(self.fd)
+        if old is not None and old is not self.kept:
+            old.release()
 
     def keep(self) -> Kept | None:
         """Give it up as it is, for another program to adopt: `close` does nothing then."""
@@ -221,7 +223,7 @@ class Endpoints:
     `frontend` is the vhost-user socket, whose `door` is for those who come, `ports` has each port's
     endpoint by the port's id. `inherited` and `adopted` are as with `Endpoint`; what was adopted
     for ports that the guest does not have is let go. Raises ConfigError when one of them cannot be
-    had; then none is left but what was adopted and not come to yet.
+    had; then none is left but what was to be adopted, all of it.
     """
 
     def __init__(
@@ -231,18 +233,31 @@ class Endpoints:
         adopted: KeptEndpoints | None = None,
     ) -> None:
         self.ports: dict[int, Endpoint] = {}
-        before = dict(adopted.ports) if adopted else {}
         self._frontend: Kept | None = None
-        with ExitStack() as undo:
-            undo.callback(self.close)
+        old = [adopted.frontend, *adopted.ports.values()] if adopted else []
+        fitting = {
+            port.id: kept
+            for port in guest.ports
+            if adopted and (kept := adopted.ports.get(port.id)) and _fits(port.backend, kept)
+        }
+        try:
             self.door = Door(guest.name, guest.access)
             self._frontend = _frontend(guest, inherited, adopted.frontend if adopted else None)
             self.frontend = self._frontend.fd
             for port in guest.ports:
-                self.ports[port.id] = Endpoint(port, inherited, before.pop(port.id, None))
-            undo.pop_all()
-        for stray in before.values():
-            stray.release()
+                self.ports[port.id] = Endpoint(port, inherited, fitting.get(port.id))
+        except BaseException:
+            for made in self._all():
+                if made not in old:
+                    made.release()
+            raise
+        for kept in old:
+            if kept not in self._all():
+                kept.release()
+
+    def _all(self) -> list[Kept]:
+        ports = [endpoint.kept for endpoint in self.ports.values()]
+        return [kept for kept in (self._frontend, *ports) if kept is not None]
 
     @property
     def kept(self) -> KeptEndpoints | None:
@@ -282,11 +297,9 @@ def _frontend(guest: Guest, inherited: Inherited | None, adopted: Kept | None) -
         return adopted or Kept(_given(guest.fd))
     if guest.socket_path is None:
         raise ConfigError(f"{guest.name}: no vhost-user socket")
-    if adopted is not None:
-        if _fits(Unix(guest.socket_path), adopted):
-            _give(adopted, guest.access)
-            return adopted
-        adopted.release()
+    if adopted is not None and _fits(Unix(guest.socket_path), adopted):
+        _give(adopted, guest.access)
+        return adopted
     return _listen_unix(guest.socket_path, guest.access, inherited)
 
 

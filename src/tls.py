@@ -241,12 +241,21 @@ class Gateway:
             self._awaited = None
 
     def start(self) -> None:
-        """Serve the ports that there are, and those that come; raises ConfigError as `serve`."""
+        """Serve the ports that there are, and those that come.
+
+        Raises ConfigError with what is said of the first that cannot be; the others are served.
+        """
         self._started = True
         if self._ports:
             self._begin()
-        for key, entry in self._ports.items():
-            self._await(key, entry)
+        errors = []
+        for key, entry in [*self._ports.items()]:
+            try:
+                self._await(key, entry)
+            except ConfigError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _begin(self) -> None:
         """Do not wait for the time at which one that died was to be started again."""

@@ -455,18 +455,18 @@ def test_the_terminal_has_no_descriptor(folder: Path) -> None:
         assert (made.ports[0].fd, made.ports[0].name) == (None, "terminal")
 
 
-def test_an_inherited_listener_can_be_started_over(folder: Path) -> None:
+def test_after_one_frontend_of_an_inherited_listener_another_can_come(folder: Path) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(folder / "s"))
     listener.listen()
     with closing(Endpoints(guest(None, fd=listener.detach()))) as made:
-        assert made.resumable()
+        assert made.listening()
 
 
-def test_an_inherited_connection_cannot_be_started_over() -> None:
+def test_after_an_inherited_connection_no_other_frontend_can_come() -> None:
     ours, theirs = socket.socketpair()
     with theirs, closing(Endpoints(guest(None, fd=ours.detach()))) as made:
-        assert not made.resumable()
+        assert not made.listening()
 
 
 def test_an_inherited_socket_is_non_blocking_and_closed_on_exec() -> None:
@@ -823,6 +823,34 @@ def test_what_does_not_fit_any_more_is_let_go(
     kept = Endpoint(Port(id=0, name="p", backend=before)).keep()
     with closing(Endpoint(Port(id=0, name="p", backend=backend), adopted=kept)):
         assert not (folder / "d").exists()
+
+
+def test_where_it_cannot_be_as_it_is_to_be_all_can_still_be_as_it_was(
+    folder: Path, ports: Ports
+) -> None:
+    def described(*backends: Backend, path: str) -> Guest:
+        numbered = [Port(id=n, name=f"p{n}", backend=one) for n, one in enumerate(backends)]
+        return Guest(name="g", ports=tuple(numbered), max_ports=3, socket_path=str(folder / path))
+
+    tcp, unix, pty = Network("127.0.0.1", ports()), Unix(f"{folder}/d"), Pty(f"{folder}/link")
+    before = described(tcp, unix, pty, path="s")
+    kept = Endpoints(before).keep()
+    assert kept is not None
+    (folder / "taken").touch()
+    held = os.listdir("/proc/self/fd")
+    for worse in (
+        described(tcp, Unix(f"{folder}/new"), Pty(f"{folder}/taken"), path="s"),
+        described(Unix(f"{folder}/new"), unix, Unix(f"{folder}/taken"), path="s2"),
+        described(tcp, path="taken"),
+    ):
+        with pytest.raises(ConfigError, match="taken"):
+            Endpoints(worse, adopted=kept)
+    assert sorted(os.listdir(folder)) == ["d", "link", "s", "taken"]
+    assert os.listdir("/proc/self/fd") == held
+    with closing(Endpoints(before, adopted=kept)) as made:
+        assert made.kept == kept
+        connect(folder / "d").close()
+    assert os.listdir(folder) == ["taken"]
 
 
 def test_a_port_that_its_guest_has_no_more_is_let_go(folder: Path) -> None:
