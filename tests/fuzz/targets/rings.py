@@ -130,7 +130,8 @@ class Scene:
         words = memoryview(bytearray(64)).cast("Q")
         self.output = Output(memoryview(bytearray(OUTPUT)), words)
         self.input = Input(memoryview(bytearray(OUTPUT)), words)
-        self.page = Page(memoryview(bytearray(PAGE)))
+        self.ledger = memoryview(bytearray(PAGE))
+        self.page = Page(self.ledger)
         self.logging = False
         _log.clear()
         self.owed: set[int] = set()
@@ -206,9 +207,10 @@ class Scene:
                 addr, word = self.entry(a, b, c)
                 at = 10 * PAGE + 16 * (b >> 8 & 31)
                 self.backing[at : at + 16] = struct.pack("<QQ", addr, word)
-            case 6:  # AREA of what is in flight
-                at = b % (len(self.area) - 4)
-                self.area[at : at + 4] = c.to_bytes(4, "little")
+            case 6:  # AREA of what is in flight, or the ledger, which is no guest's to write
+                area = self.ledger if a & 0x80 else self.area
+                at = b % (len(area) - 4)
+                area[at : at + 4] = c.to_bytes(4, "little")
             case 7:  # EVENT: what suppresses calls
                 if self.packed:
                     self.put16(self.avail, b)
@@ -513,5 +515,9 @@ def seeds() -> Iterable[bytes]:
             (AGAIN, 0, 0, 0),
             base=0xFFFE if flags & ORDER and not flags & PACKED else 0x8000_8000,
         )
+    for flags in (0, PACKED, TRACKED, PACKED | TRACKED):
+        for word in (0x0001_0001, 0x8000_0001, 0x8000_0002, 0xFFFF_FFFF, 0x8002_0003):
+            pages = [(AREA, 0x80, 0, word), (AREA, 0x80, 8, 0x0001_0000), (AREA, 0x80, 12, word)]
+            yield _seed(flags, 4, *pages, (CRASH, 1, 0, 0), (DESC, 0, 0, 9), (POP, 0, 0, 0))
     one = (DESC, 0, 0, length)
     yield _seed(PACKED, 0, *[one, (POP, 0, 0, 0), (PUSH, 0, 0, 0)] * 2, base=0x8000_8000)

@@ -131,6 +131,7 @@ class Master:
         self.arrivals: dict[int, custody.ClientCame] = {}
         self.clients: list[socket.socket] = []
         self.dead: list[Guest] = []
+        self.state = b""  # as the worker saved it
         self.packed = False
         self.next = [0] * QUEUES  # the entry that the guest makes available next
         self.wrap = [1] * QUEUES
@@ -321,6 +322,29 @@ class Master:
         if not how & 4:
             self.say(Request.SET_VRING_ENABLE, wire.VringState(queue, 1).encode(), [])
 
+    def save_state(self) -> None:
+        """Have the worker's state saved; it may not be whole if it is large, or killed."""
+        ours, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        transfer = wire.StateTransfer(wire.Direction.SAVE, 0)
+        self.say(Request.SET_DEVICE_STATE_FD, transfer.encode(), [theirs])
+        os.close(theirs)
+        self.turn()
+        with open(ours, "rb") as file:
+            self.state = file.read() or b""
+        self.say(Request.CHECK_DEVICE_STATE, b"", [])
+
+    def load_state(self, state: bytes) -> None:
+        """Have a state loaded."""
+        theirs, ours = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        transfer = wire.StateTransfer(wire.Direction.LOAD, 0)
+        os.write(ours, state)
+        self.say(Request.SET_DEVICE_STATE_FD, transfer.encode(), [theirs])
+        os.close(theirs)
+        self.turn()
+        os.close(ours)
+        self.turn()
+        self.say(Request.CHECK_DEVICE_STATE, b"", [])
+
     # The guest
 
     def offer(self, queue: int, size: int, flags: int, data: bytes = b"") -> None:
@@ -436,6 +460,16 @@ def _message(master: Master, source: Source) -> None:
     """Have the frontend say something of the right form, or not."""
     request: int = source.pick(REQUESTS)
     how = source.byte()
+    if request == Request.SET_DEVICE_STATE_FD and how & 4:
+        if how & 8:
+            master.save_state()
+            return
+        state = bytearray(master.state)
+        for _ in range(how & 3):
+            if state:
+                state[source.number(2) % len(state)] = source.byte()
+        master.load_state(state)
+        return
     others = [
         *(master.event_fd, master.memory_fd, master.area_fd, master.backend_fd),
         *(master.folder_fd, master.null_fd, master.health_fd, master.line.fileno()),
@@ -588,6 +622,12 @@ def seeds() -> Iterable[bytes]:
             rings + b"\x03" + rings + b"\x0f\x01" + talk + b"\x0f\x02" + turn + b"\x0f\x00\x50\x00"
         )
         yield begin + say(Request.SET_INFLIGHT_FD, 12) + start(1, 3) + data + kill + data
+    save, load = (say(Request.SET_DEVICE_STATE_FD, how) for how in (12, 4))
+    cut = say(Request.SET_DEVICE_STATE_FD, 5, 3, 0, 9)
+    stop = say(Request.RESET_DEVICE, 0)
+    for at in (b"", kill, *fuses):
+        yield b"\x00\x00" + start(2, 3, 1) + turn + stop + save + at + load + start(2, 3, 1) + turn
+        yield b"\x00\x00" + save + cut + at + load + at + start(0, 1, 3) + kill + b"\x03" + turn
     for fuse in fuses:
         begin = bytes([0, 0])
         yield begin + fuse + start(0, 1, 2, 3) + turn
