@@ -303,6 +303,8 @@ class Scene:
             ring.publish()
             self.index = ring.index
             self.ring = None
+        if what == LOG:
+            before = bytes(self.backing)  # what came before the log is in none
         self.hidden = what == PUSH or (self.hidden and not exposed)
         self.check(before, exposed=exposed)
 
