@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grp
 import logging
+import os
 import pwd
 import socket
 import struct
@@ -12,6 +13,7 @@ from collections.abc import Callable, Collection
 
 from .config import Access
 from .errors import ConfigError
+from .privileges import User
 
 #: Log lines about peers that were refused, from one place in one minute; the rest are counted.
 LOGGED_A_MINUTE = 10
@@ -43,6 +45,23 @@ def _id(text: str, kind: str, look_up: Callable[[str], int]) -> int:
         return look_up(text)
     except (KeyError, ValueError):
         raise ConfigError(f"there is no {kind} {text!r} on this machine") from None
+
+
+def look_up(user: str) -> User:
+    """Return whom NAME[:GROUP] means, by names or numbers, on this machine.
+
+    Without a group it is in its own ones, with one in that alone. Raises ConfigError.
+    """
+    name, _, group = user.partition(":")
+    try:
+        found = pwd.getpwuid(user_id(name))
+    except KeyError:
+        raise ConfigError(f"there is no user {name!r} on this machine") from None
+    if group:
+        gid = group_id(group)
+        return User(found.pw_name, found.pw_uid, gid, [gid])
+    groups = os.getgrouplist(found.pw_name, found.pw_gid)
+    return User(found.pw_name, found.pw_uid, found.pw_gid, groups)
 
 
 def refusal(sock: socket.socket, allowed: Collection[int]) -> str | None:

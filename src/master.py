@@ -40,6 +40,7 @@ from . import (
     tls,
     worker,
 )
+from .admission import look_up
 from .alarms import Alarms
 from .config import Daemon, Guest, Nested, Port, PortTable, Pty, with_port, without_port
 from .endpoints import Endpoint, Endpoints, Inherited, Kept, KeptEndpoints, listen_unix
@@ -564,7 +565,7 @@ class _Master:
         if any(isinstance(port.backend, Nested) for g in daemon.guests for port in g.ports):
             self._terminal = _Terminal(None if before is None else before.modes)
             undo.callback(self._terminal.restore)
-        privileges.confine_master(daemon.user)
+        privileges.confine_master(None if daemon.user is None else look_up(daemon.user))
         for guest in self._guests:
             guest.open_logs()  # as the user who will have to open the next ones
         self._gateway.start()  # as whoever this is now

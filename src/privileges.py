@@ -19,7 +19,6 @@ from functools import cache
 from typing import NamedTuple
 
 from . import landlock, seccomp
-from .admission import group_id, user_id
 from .errors import ConfigError
 from .health import Privileges
 from .kernel import capabilities, prctl, set_capabilities
@@ -78,23 +77,6 @@ class User(NamedTuple):
     groups: list[int]
 
 
-def look_up(user: str) -> User:
-    """Return whom NAME[:GROUP] means, by names or numbers, on this machine.
-
-    Without a group it is in its own ones, with one in that alone. Raises ConfigError.
-    """
-    name, _, group = user.partition(":")
-    try:
-        found = pwd.getpwuid(user_id(name))
-    except KeyError:
-        raise ConfigError(f"there is no user {name!r} on this machine") from None
-    if group:
-        gid = group_id(group)
-        return User(found.pw_name, found.pw_uid, gid, [gid])
-    groups = os.getgrouplist(found.pw_name, found.pw_gid)
-    return User(found.pw_name, found.pw_uid, found.pw_gid, groups)
-
-
 def _become(user: User) -> None:
     """Be `user`, for ever. Raises ConfigError when this process may not."""
     if (os.getresuid(), os.getresgid()) == ((user.uid,) * 3, (user.gid,) * 3):
@@ -110,15 +92,15 @@ def _become(user: User) -> None:
         ) from None
 
 
-def confine_master(user: str | None) -> None:
-    """Become `user`, if any (see `look_up`), and give up what a master has no use for.
+def confine_master(user: User | None) -> None:
+    """Become `user`, if any, and give up what a master has no use for.
 
-    To be called when every socket is made. Raises ConfigError when there is no such user, or this
-    process may not become it.
+    To be called when every socket is made. Raises ConfigError when this process may not become
+    that user.
     """
     os.umask(_UMASK)
     if user is not None:
-        _become(look_up(user))
+        _become(user)
         prctl(_SET_DUMPABLE, 0)  # as the change of user does, but for a program that replaced it
     elif os.geteuid() == 0:
         _log.warning("it runs as root, where another user would do: name one with --user")

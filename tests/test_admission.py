@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from vhost_device_console import admission
-from vhost_device_console.admission import Door, Sparing, group_id, refusal, user_id
+from vhost_device_console.admission import Door, Sparing, group_id, look_up, refusal, user_id
 from vhost_device_console.config import Access
 from vhost_device_console.errors import ConfigError
 
@@ -27,10 +27,31 @@ def test_a_user_is_a_name_or_a_number() -> None:
 
 @pytest.mark.parametrize("text", ["no such user", "-1", "", "a\0b", "4294967295", "9" * 5000, "²"])
 def test_anything_else_is_nobody(text: str) -> None:
-    for look_up in (user_id, group_id):
+    for number in (user_id, group_id):
         with pytest.raises(ConfigError) as raised:
-            look_up(text)
+            number(text)
         assert str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("user", "said"),
+    [
+        ("nobody-at-all", "there is no user 'nobody-at-all' on this machine"),
+        ("3999999999", "there is no user '3999999999' on this machine"),
+        (":daemon", "there is no user '' on this machine"),
+        ("nobody:no-group-at-all", "there is no group 'no-group-at-all' on this machine"),
+    ],
+)
+def test_somebody_to_become_that_there_is_not_is_one_line(user: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        look_up(user)
+
+
+def test_somebody_to_become_has_names_and_numbers() -> None:
+    me = pwd.getpwuid(os.geteuid())
+    assert look_up(f"{me.pw_uid}:{me.pw_gid}") == (me.pw_name, me.pw_uid, me.pw_gid, [me.pw_gid])
+    groups = os.getgrouplist(me.pw_name, me.pw_gid)
+    assert look_up(me.pw_name) == (me.pw_name, me.pw_uid, me.pw_gid, groups)
 
 
 @pytest.fixture
