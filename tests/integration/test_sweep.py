@@ -1,0 +1,213 @@
+"""A worker that is killed at every line that it ever executes: its session goes on nevertheless.
+
+The daemon's workers are plain Python and count how often each line of theirs was executed, by all
+of them together, in a file that outlives them. Whoever executes a line for the first time, or for
+the `AGAIN`th, kills itself there; its successor goes on. So the session is carried on by hundreds
+of workers, until it has been through all of it and nobody has died.
+"""
+
+from __future__ import annotations
+
+import mmap
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vhost_device_console
+from scene import assert_same, call, noise
+from vhost_device_console.testing import (
+    DRIVER_FEATURES,
+    ConsoleDriver,
+    GuestMemory,
+    connect_like_qemu,
+)
+from vhost_device_console.testing.features import Feature
+
+from launch import Daemon
+
+#: Seconds for one step of a session, with all the deaths in it.
+STEP = 200.0
+
+#: Sessions, at most, until there is one without a death.
+SESSIONS = 8
+
+AGAIN = 5
+LINES = 2048  # more than any file has
+SOURCES = Path(vhost_device_console.__file__).parent
+
+PROGRAM = """
+import functools, mmap, os, signal, sys
+from vhost_device_console import cli, master, supervision, worker
+
+supervision.delay = lambda _: 0.0
+files = {files!r}
+with open({counts!r}, "r+b") as file:
+    counts = mmap.mmap(file.fileno(), 0)
+
+def trace(frame, event, _):
+    first = files.get(frame.f_code.co_filename)
+    if first is None or not counts[0]:
+        return None
+    at = first + frame.f_lineno
+    if counts[at] < 255:
+        counts[at] += 1
+        if counts[at] in (1, {again}):
+            os.kill(os.getpid(), signal.SIGKILL)
+    return trace
+
+def run(guest, inheritance):
+    sys.settrace(trace)
+    return worker.run(guest, inheritance)
+
+master.serve = functools.partial(master.serve, run=run)
+cli.main()
+"""
+
+
+def sources(*patterns: str) -> list[Path]:
+    return sorted(path for pattern in patterns for path in SOURCES.glob(pattern))
+
+
+WHERE = {
+    "rings": ["journal.py", "ledger.py", "worker/virtqueue/*.py"],
+    "session": [
+        "custody.py",
+        "worker/frontend.py",
+        "worker/guest.py",
+        "worker/inheritance.py",
+        "worker/queues.py",
+        "worker/vhost_user/*.py",
+    ],
+    "people": [
+        "worker/audience.py",
+        "worker/poller.py",
+        "worker/report.py",
+        "worker/backends/*.py",
+        "worker/console/*.py",
+    ],
+}
+
+
+class Sweep:
+    """A daemon whose workers die in the files `where`, and somebody who is at its port all along.
+
+    `sent` and `typed` are all that went to people and to the guest.
+    """
+
+    def __init__(self, start: Callable[..., Daemon], folder: Path, where: str) -> None:
+        self.files = sources(*WHERE[where])
+        path = folder / "counts"
+        path.write_bytes(bytes(LINES * (len(self.files) + 1)))
+        with open(path, "r+b") as file:
+            self.counts = mmap.mmap(file.fileno(), 0)
+        program = PROGRAM.format(
+            files={str(path): LINES * at for at, path in enumerate(self.files, 1)},
+            counts=str(path),
+            again=AGAIN,
+        )
+        self.log = folder / "log"
+        with open(self.log, "wb") as log:
+            self.daemon = start(
+                "network",
+                1,
+                "--packed",
+                "--no-sandbox",
+                program=[sys.executable, "-c", program],
+                stderr=log,
+            )
+
+    def deaths(self) -> int:
+        return sum(self.counts[at] > 0 for at in range(LINES, len(self.counts))) + sum(
+            self.counts[at] >= AGAIN for at in range(LINES, len(self.counts))
+        )
+
+    def kill(self, on: bool) -> None:
+        self.counts[0] = on
+
+
+def receive(peer: socket.socket, count: int) -> bytes:
+    """Return the next `count` bytes that `peer` receives."""
+    peer.settimeout(STEP)
+    data = bytearray()
+    while len(data) < count:
+        more = peer.recv(count - len(data))
+        assert more, f"the connection was closed after {len(data)} of {count} bytes"
+        data += more
+    return bytes(data)
+
+
+def session(it: Sweep, peer: socket.socket, features: Feature) -> None:
+    """Have a guest boot, write, read, be resized, stop, go on, and leave."""
+    out, in_ = noise(60_000), noise(40_000)
+    with (
+        GuestMemory() as memory,
+        connect_like_qemu(
+            it.daemon.sockets[0], memory, features=features, timeout=STEP
+        ) as frontend,
+    ):
+        console = ConsoleDriver(frontend)
+        console.wait_open()
+        console.write(out[:3_000], chunk=100)
+        assert_same(receive(peer, 3_000), out[:3_000])
+        peer.sendall(in_[:300])
+        assert_same(console.read(300), in_[:300])
+
+        reader = [b""]
+        reading = threading.Thread(
+            target=lambda: reader.append(receive(peer, len(out) - 3_000)), daemon=True
+        )
+        typing = threading.Thread(target=peer.sendall, args=[in_[300:]], daemon=True)
+        reading.start()
+        typing.start()
+        console.write(out[3_000:], chunk=2_000)
+        assert_same(console.read(len(in_) - 300), in_[300:])
+        typing.join()
+        reading.join()
+        assert_same(reader[-1], out[3_000:])
+
+        with call(it.daemon) as other:
+            other.sendall(b"another")
+            assert console.read(7) == b"another"
+            console.write(b"for both")
+            assert receive(peer, 8) == receive(other, 8) == b"for both"
+
+        frontend.disable(0)
+        frontend.disable(1)
+        frontend.enable(1)
+        frontend.enable(0)
+        bases = {index: frontend.stop_queue(index) for index in range(4)}
+        for index in (3, 2, 1, 0):
+            driver = frontend.queues[index].driver
+            frontend.start_queue(index, driver, base=bases[index])
+        console.write(b"once more")
+        assert receive(peer, 9) == b"once more"
+        peer.sendall(b"and back")
+        assert console.read(8) == b"and back"
+        console.close_port()
+        console.open()
+        peer.sendall(b"!")
+        assert console.read(1) == b"!"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("format_", [0, Feature.RING_PACKED], ids=["split", "packed"])
+def test_a_session_goes_on_wherever_a_worker_dies(
+    daemon: Callable[..., Daemon], folder: Path, where: str, format_: Any
+) -> None:
+    it = Sweep(daemon, folder, where)
+    with call(it.daemon) as peer:
+        it.kill(True)
+        for _ in range(SESSIONS):
+            before = it.deaths()
+            session(it, peer, DRIVER_FEATURES | format_)
+            if it.deaths() == before:
+                break
+        it.kill(False)
+        session(it, peer, DRIVER_FEATURES | format_)
+    restarts = it.daemon.status()[0]["restarts"]
+    assert 300 < it.deaths() == restarts
