@@ -515,6 +515,8 @@ def serve(daemon: Daemon, *, run: Run = worker.run) -> int:
     when a socket or another endpoint cannot be had.
     """
     if succession.on_trial():
+        if daemon.user is not None:
+            privileges.confine_master(look_up(daemon.user))
         return 0
     _allow_merging()
     handed = succession.take_over()

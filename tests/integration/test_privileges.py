@@ -303,6 +303,30 @@ def test_a_daemon_of_root_s_that_stays_it_says_so_once(daemon: StartDaemon) -> N
     assert uids(served.workers()[0]) == {0}
 
 
+@as_root
+def test_a_user_that_cannot_be_had_any_more_is_not_reloaded(
+    daemon: StartDaemon, folder: Path
+) -> None:
+    described = f"""
+[[guest]]
+socket = "{folder}/c.sock0"
+[[guest.port]]
+name = "p"
+console = true
+backend = "unix"
+path = "{folder}/c.sock0.data"
+"""
+    file = folder / "c.toml"
+    file.write_text(described)
+    served = daemon(None, 1, "--config", str(file), socket_path=None)
+    (worker,) = served.workers()
+    file.write_text(f'user = "nobody"\n{described}')
+    served.signal(signal.SIGHUP)
+    served.expect_log("cannot become nobody: operation not permitted")
+    served.expect_log("nothing is reloaded")
+    assert served.workers() == [worker]
+
+
 def test_a_user_that_there_is_not_is_one_line(folder: Path) -> None:
     said = command(folder, "-s", f"{folder}/c", "-b", "pty", "--user", "nobody-at-all")
     assert said.returncode == 2
