@@ -171,7 +171,7 @@ def run(data: bytes) -> None:
 def _check_saved(console: Console) -> None:
     """What a successor makes of the saved dialogue is the same dialogue."""
     data = msgspec.msgpack.encode(console.save())
-    again = Console([], MOST)
+    again = Console([], MOST, rows_first=console.control._rows_first)  # noqa: SLF001
     again.ports.update(console.ports)
     again.resume(msgspec.msgpack.decode(data, type=Saved))
     assert msgspec.msgpack.encode(again.save()) == data
