@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from vhost_device_console import tables
+from vhost_device_console.health import Privileges
 from vhost_device_console.monitor import GuestStatus, PortStatus
 
 
@@ -196,3 +197,49 @@ def test_names_that_could_steer_a_terminal_are_spelled_out(table: Any) -> None:
 )
 def test_sizes_are_short(count: int, shown: str) -> None:
     assert tables.size(count) == shown
+
+
+# What workers may do
+
+
+def confined(**changed: Any) -> GuestStatus:
+    usual: dict[str, Any] = {
+        "user": "console",
+        "capabilities": [],
+        "no_new_privileges": True,
+        "landlock": 7,
+        "seccomp": True,
+        "files": 16384,
+        "missing": [],
+    }
+    return guest(privileges=Privileges(**{**usual, **changed}))
+
+
+def test_a_confined_worker_needs_no_note() -> None:
+    (_, line) = tables.guests([confined()], None)
+    assert line.endswith("0.5%")
+
+
+@pytest.mark.parametrize(
+    ("missing", "note"),
+    [
+        ({"landlock": 0}, "no Landlock"),
+        ({"seccomp": False}, "no seccomp"),
+        ({"landlock": 0, "seccomp": False}, "no Landlock, no seccomp"),
+    ],
+)
+def test_what_does_not_confine_a_worker_is_noted(missing: dict[str, Any], note: str) -> None:
+    (_, line) = tables.guests([confined(**missing)], None)
+    assert line.endswith(f"  {note}")
+
+
+def test_what_a_worker_may_do_is_a_line_of_its_own() -> None:
+    (line,) = tables.privileges(confined(user="a\x1b[1m"))
+    assert line == (
+        r"web is served with: user a\x1b[1m, capabilities none, no new privileges, "
+        "Landlock 7, seccomp, 16384 descriptors"
+    )
+
+
+def test_nothing_is_said_of_a_worker_that_there_is_not() -> None:
+    assert tables.privileges(guest()) == []
