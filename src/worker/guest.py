@@ -853,7 +853,10 @@ def run(guest: config.Guest, inheritance: Inheritance) -> int:
 
 def can_resume(snapshot: bytes) -> bool:
     """Say whether `run` can go on from a snapshot, be it another version's."""
-    return not snapshot or _version.decode(snapshot).version == VERSION
+    try:
+        return not snapshot or _version.decode(snapshot).version == VERSION
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
 
 
 def _decode(snapshot: bytes) -> _Snapshot:

@@ -21,6 +21,7 @@ from vhost_device_console.alarms import Alarms
 from vhost_device_console.config import Access
 from vhost_device_console.endpoints import Endpoints
 from vhost_device_console.porter import Line, Porter
+from vhost_device_console.worker import can_resume
 from vhost_device_console.worker.vhost_user import message as wire
 
 _NUMBERS = [0, 1, 2, 3, 4, 5, 100, 1 << 31, (1 << 63) - 1, (1 << 64) - 1, -1, -2, -(1 << 63)]
@@ -63,7 +64,8 @@ def _word(source: Source) -> bytes:
     def numbers() -> list[int]:
         return [source.pick(_NUMBERS) for _ in range(source.byte() % 5)]
 
-    fields: list[Any] = [source.pick(_NUMBERS), source.pick(_NUMBERS), b"snapshot", numbers()]
+    snapshot = source.take(source.byte() % 32)
+    fields: list[Any] = [source.pick(_NUMBERS), source.pick(_NUMBERS), snapshot, numbers()]
     fields += [numbers(), source.pick([None, source.take(12), wire.encode(1, b"12345678")])]
     fields += [bool(source.byte() & 1), source.byte() % 8 == 7]
     names = custody.Commit.__struct_fields__
@@ -114,6 +116,7 @@ def _worker(
         line.close()
         worker.close()
         porter.end()
+        assert can_resume(porter.snapshot) in (True, False)
 
 
 def _hear(line: Line, porter: Porter) -> None:
@@ -127,15 +130,15 @@ def _hear(line: Line, porter: Porter) -> None:
 
 
 def seeds() -> Iterable[bytes]:
-    good = bytes([1, 1, 0, 0, 0, 0, 0, 0, 0])
+    good = bytes([1, 0, 1, 0, 0, 0, 0, 0, 0, 0])
     yield good
     for fds in range(3):
         said = bytes([3 | fds << 3, 0])
         yield good + said + good + good
         # The worker names none of its descriptors, and leaves the message to another one.
-        yield good + said + good + bytes([1, 0, 7, 0, 0, 0, 0, 0, 0, 7]) + good
+        yield good + said + good + bytes([1, 0, 0, 7, 0, 0, 0, 0, 0, 0, 7]) + good
     for fds in range(4):
         for file in range(7):
             yield bytes([fds << 2, 1, 0xC1, *[file] * fds])
-        yield bytes([1 | fds << 2, 1, 2, 2, 1, 2, 1, 10, 0, 1, 0, *[0] * fds])
+        yield bytes([1 | fds << 2, 0, 1, 2, 2, 1, 2, 1, 10, 0, 1, 0, *[0] * fds])
     yield bytes([0, 9]) + b"\x91" * 9

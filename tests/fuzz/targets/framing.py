@@ -12,11 +12,12 @@ import socket
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import msgspec
 from source import Source
 from vhost_device_console.errors import FrontendError
 from vhost_device_console.worker.vhost_user import message as wire
 from vhost_device_console.worker.vhost_user.backend_channel import BackendChannel
-from vhost_device_console.worker.vhost_user.channel import Channel, Message
+from vhost_device_console.worker.vhost_user.channel import Channel, Message, Saved
 
 _FD = os.memfd_create("any", os.MFD_CLOEXEC)
 
@@ -61,6 +62,7 @@ def _run_channel(pieces: list[Piece]) -> None:
                 socket.send_fds(theirs, [piece.data], [_FD] * piece.fds)
                 if piece.drain:
                     _receive(channel, found)
+                    channel = _handed_over(channel)
             _receive(channel, found)
             assert not channel.closed
             theirs.close()
@@ -76,6 +78,13 @@ def _run_channel(pieces: list[Piece]) -> None:
             message.close_fds()
         channel.close()
         theirs.close()
+
+
+def _handed_over(channel: Channel) -> Channel:
+    """Return what another program makes of the channel."""
+    saved = msgspec.msgpack.encode(channel.save())
+    channel._sock.detach()  # noqa: SLF001
+    return Channel.resume(msgspec.msgpack.decode(saved, type=Saved))
 
 
 def _receive(channel: Channel, found: list[tuple[Message, int]]) -> None:

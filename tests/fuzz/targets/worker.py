@@ -23,7 +23,7 @@ from unittest import mock
 import msgspec
 from source import Source
 from vhost_device_console import config, custody, journal, ledger, privileges
-from vhost_device_console.worker.guest import Guest
+from vhost_device_console.worker.guest import Guest, can_resume
 from vhost_device_console.worker.inheritance import Inheritance, PortFiles
 from vhost_device_console.worker.vhost_user import message as wire
 from vhost_device_console.worker.vhost_user import session as fx
@@ -198,6 +198,7 @@ class Master:
         self.commit = msgspec.structs.replace(self.commit, snapshot=bytes(snapshot))
         self.event = None
         self.arrivals.clear()
+        assert can_resume(bytes(snapshot)) in (True, False)
         with contextlib.suppress(Exception):
             self.begin()
             self.guest._drain(0)  # noqa: SLF001
@@ -381,6 +382,7 @@ class Master:
 
     def close(self) -> None:
         """Have the last worker give everything back, and do that here."""
+        self.fuse.left = 0
         guest = self.guest
         if guest not in self.dead:
             guest._close()  # noqa: SLF001
