@@ -100,7 +100,7 @@ class Sparing:
 
 
 class Door:
-    """Who comes in at the listener called `name`; `refused` counts those who did not.
+    """Who comes in at the listener called `name`.
 
     Raises ConfigError when one of `access.allow` is nobody.
     """
@@ -109,7 +109,6 @@ class Door:
         self._name = name
         self._allowed = frozenset(user_id(user) for user in access.allow)
         self._log = Sparing()
-        self.refused = 0
 
     def admit(self, sock: socket.socket) -> bool:
         """Tell whether the peer of `sock`, just accepted, is let in; it is closed when not."""
@@ -117,6 +116,5 @@ class Door:
         if why is None:
             return True
         sock.close()
-        self.refused += 1
         self._log.warn(f"{self._name}: {why}")
         return False

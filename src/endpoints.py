@@ -267,11 +267,6 @@ class Endpoints:
         ports = {number: one.kept for number, one in self.ports.items() if one.kept is not None}
         return KeptEndpoints(self._frontend, ports)
 
-    @property
-    def refused(self) -> int:
-        """How many were not let in, at all doors."""
-        return self.door.refused + sum(each.door.refused for each in self.ports.values())
-
     def keep(self) -> KeptEndpoints | None:
         """Give all up as they are, for another program to adopt: `close` does nothing then."""
         kept, self._frontend = self.kept, None

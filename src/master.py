@@ -18,8 +18,8 @@ import socket
 import subprocess
 import termios
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import pairwise
 from types import FrameType
@@ -42,7 +42,7 @@ from . import (
 )
 from .admission import look_up
 from .alarms import Alarms
-from .config import Daemon, Guest, Nested, Port, PortTable, Pty, with_port, without_port
+from .config import Daemon, Guest, Nested, Network, Port, PortTable, Pty, with_port, without_port
 from .endpoints import Endpoint, Endpoints, Inherited, Kept, KeptEndpoints, listen_unix
 from .errors import ConfigError, ConsoleError
 from .health import Decoder, Health, PortHealth
@@ -213,8 +213,7 @@ class _Guest:
 
     def total(self) -> Health:
         """Return the counters over all workers."""
-        refused = self.porter.refused + self.endpoints.refused
-        total = Health(frontend=self.porter.frontend, refused=refused)
+        total = Health(frontend=self.porter.frontend, refused=self.porter.refused)
         _add_guest(total, self.before)
         _add_guest(total, self.health)
         return total
@@ -517,6 +516,7 @@ def serve(daemon: Daemon, *, run: Run = worker.run) -> int:
     if succession.on_trial():
         if daemon.user is not None:
             privileges.confine_master(look_up(daemon.user))
+        _check_certificates(daemon)
         return 0
     _allow_merging()
     handed = succession.take_over()
@@ -555,10 +555,12 @@ class _Master:
         self._gateway = tls.Gateway(self._selector, self._take_in, confine, gateways)
         undo.callback(self._gateway.close)
         known = {} if before is None else {_identity(saved.guest): saved for saved in before.guests}
-        self._guests = [
-            self._prepare(guest, inherited, undo, known.pop(_identity(guest), None))
-            for guest in daemon.guests
-        ]
+        self._guests: list[_Guest] = []
+        for described in daemon.guests:
+            with _going_on(before), ExitStack() as mine:
+                saved = known.pop(_identity(described), None)
+                self._guests.append(self._prepare(described, inherited, mine, saved))
+                undo.enter_context(mine.pop_all())
         for saved in known.values():
             self._guests.append(gone := self._prepare(saved.guest, inherited, undo, saved))
             self._step(gone, Event.STOP)
@@ -570,7 +572,8 @@ class _Master:
         privileges.confine_master(None if daemon.user is None else look_up(daemon.user))
         for guest in self._guests:
             guest.open_logs()  # as the user who will have to open the next ones
-        self._gateway.start()  # as whoever this is now
+        with _going_on(before):
+            self._gateway.start()  # as whoever this is now
         self._status_at: Kept | None = None
         self._monitor = self._listen(before)
         undo.callback(self._listen_no_more)
@@ -598,7 +601,8 @@ class _Master:
         for port in guest.ports:
             if port.id not in prepared.journals:
                 prepared.journals[port.id] = _create_journal(guest, port)
-            prepared.open_port(port, endpoints.ports[port.id])
+            with _going_on(saved):
+                prepared.open_port(port, endpoints.ports[port.id])
         if saved is not None and saved.pid is not None:
             self._go_on(prepared, saved)
         return prepared
@@ -1098,6 +1102,23 @@ def _adopt(guest: Guest, saved: _SavedGuest) -> tuple[Guest, Endpoints]:
     except ConfigError as error:
         _log.error("%s goes on as it was: %s", guest.name, error)
         return saved.guest, Endpoints(saved.guest, adopted=saved.endpoints)
+
+
+@contextmanager
+def _going_on(before: object | None) -> Iterator[None]:
+    """Only say what cannot be had when there is something `before` that has to go on."""
+    try:
+        yield
+    except ConfigError as error:
+        if before is None:
+            raise
+        _log.error("%s", error)
+
+
+def _check_certificates(daemon: Daemon) -> None:
+    backends = [port.backend for guest in daemon.guests for port in guest.ports]
+    for files in {each.tls for each in backends if isinstance(each, Network) and each.tls}:
+        tls.check(files)
 
 
 def _check_cpus(guest: Guest) -> None:

@@ -238,6 +238,8 @@ class Porter:
                 return
             if door.admit(sock):
                 self.take_in(port, sock)
+            else:
+                self.refused += 1
 
     @property
     def crowded(self) -> bool:
@@ -344,7 +346,10 @@ class Porter:
             self._close_door(-1)
             return
         sock = self._accept(self._doors[-1][0])
-        if sock is None or not door.admit(sock):
+        if sock is None:
+            return
+        if not door.admit(sock):
+            self.refused += 1
             return
         if self._channel is not None:
             _log.warning("%s: another frontend was refused: one is connected already", self._name)

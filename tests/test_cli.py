@@ -116,11 +116,11 @@ def test_the_shell_can_complete_options(folder: Path) -> None:
         env=environment(
             folder,
             _VHOST_DEVICE_CONSOLE_COMPLETE="bash_complete",
-            COMP_WORDS="vhost-device-console --sock",
+            COMP_WORDS="vhost-device-console --socket-p",
             COMP_CWORD="1",
         ),
     )
-    assert said.stdout.split() == ["plain,--socket-path", "plain,--socket-count"]
+    assert said.stdout.split() == ["plain,--socket-path"]
 
 
 # Mistakes in the options
