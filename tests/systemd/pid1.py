@@ -100,8 +100,6 @@ class Machine:
         python = os.path.realpath(sys.executable)
         prefix = os.path.realpath(sys.base_prefix)
         name = f"vhost-device-console-test-{secrets.token_hex(8)}"
-        ready = undo.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
-        ready.bind(f"\0{name}")
         command = [
             *("sh", "-c", 'echo $$ >"$0/cgroup.procs" && exec "$@"', self.cgroup),
             # However this process ends, that machine ends with it.
@@ -115,16 +113,19 @@ class Machine:
             ROOT / "contrib",
             f"@{name}",
         ]
-        with open(self._log, "wb") as log:
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "PATH": _PATH},
-            )
-        undo.callback(_end, process)
-        self._wait_ready(ready, process.pid)
+        # Closed after that: systemd would wait for ever for somebody to read what it says next.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
+            ready.bind(f"\0{name}")
+            with open(self._log, "wb") as log:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    env={**os.environ, "PATH": _PATH},
+                )
+            undo.callback(_end, process)
+            self._wait_ready(ready, process.pid)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
         self.pid = int(children)
         undo.callback(self.kill)
