@@ -64,8 +64,9 @@ class Privileges(msgspec.Struct, frozen=True, kw_only=True):
     """What a worker may still do, as its kernel said when it was confined.
 
     `capabilities` are those left, `landlock` the version (ABI) in force, 0 for none, `seccomp` says
-    that only listed system calls are let through, `files` how many descriptors it may have.
-    `missing` has a reason for everything that could not be had.
+    that only listed system calls are let through, `files` how many descriptors it may have, and
+    `memory` how many bytes of its own, None for any number. `missing` has a reason for everything
+    that could not be had.
     """
 
     user: str
@@ -73,7 +74,8 @@ class Privileges(msgspec.Struct, frozen=True, kw_only=True):
     no_new_privileges: bool
     landlock: int
     seccomp: bool
-    files: int
+    files: int | None
+    memory: int | None
     missing: list[str]
 
     def __str__(self) -> str:
@@ -83,7 +85,8 @@ class Privileges(msgspec.Struct, frozen=True, kw_only=True):
             "no new privileges" if self.no_new_privileges else "",
             f"Landlock {self.landlock}" if self.landlock else "",
             "seccomp" if self.seccomp else "",
-            f"{self.files} descriptors",
+            f"{self.files} descriptors" if self.files else "",
+            f"{self.memory >> 20} MiB" if self.memory else "",
             *self.missing,
         ]
         return ", ".join(part for part in parts if part)

@@ -28,6 +28,12 @@ _log = logging.getLogger(__name__)
 #: Descriptors of a worker: 3 for each of 256 queues, 509 memory regions, 2 a client, and more.
 MOST_FILES = 16384
 
+#: Memory of a worker's own; guest memory and journals are files', and count nowhere.
+MOST_MEMORY = 1 << 29
+
+#: Times what its ports' journals hold, for a state that is saved or loaded.
+_STATES = 4
+
 # linux/prctl.h
 _GET_DUMPABLE, _SET_DUMPABLE = 3, 4
 _SET_NO_NEW_PRIVS, _GET_NO_NEW_PRIVS = 38, 39
@@ -130,20 +136,25 @@ def _user_name() -> str:
         return str(os.geteuid())
 
 
-def confine_worker(sandbox: bool) -> Privileges:
+def confine_worker(sandbox: bool, journals: int) -> Privileges:
     """Leave this process nothing but its descriptors, and say what is in force.
 
     Without `sandbox` it keeps files, sockets and system calls, for debuggers, and nothing else.
+    `journals` is how many bytes those of its ports hold.
     """
-    return _confine(sandbox, MOST_FILES, network=False)
+    limits = {
+        resource.RLIMIT_NOFILE: MOST_FILES,
+        resource.RLIMIT_DATA: MOST_MEMORY + _STATES * journals,
+    }
+    return _confine(sandbox, limits, network=False)
 
 
 def confine_gateway(sandbox: bool) -> Privileges:
     """Leave this process what `confine_worker` does, and sockets."""
-    return _confine(sandbox, None, network=True)
+    return _confine(sandbox, {}, network=True)
 
 
-def _confine(sandbox: bool, most_files: int | None, *, network: bool) -> Privileges:
+def _confine(sandbox: bool, limits: dict[int, int], *, network: bool) -> Privileges:
     prepare()
     missing = []
     dumpable = prctl(_GET_DUMPABLE)
@@ -151,14 +162,15 @@ def _confine(sandbox: bool, most_files: int | None, *, network: bool) -> Privile
     _sacrifice()
     _keep_guests_from_cores()
     prctl(_SET_DUMPABLE, dumpable & 1)  # what the system chose as 2 may not be chosen
-    limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NPROC: 0}
-    if most_files is not None:
-        limits[resource.RLIMIT_NOFILE] = most_files
+    limits = {**limits, resource.RLIMIT_CORE: 0, resource.RLIMIT_NPROC: 0}
     if not all(_limit(kind, most) for kind, most in limits.items()):
         missing.append("no limits: it may not set them")
     _keep_capabilities(0)
     prctl(_SET_NO_NEW_PRIVS, 1)
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    files, memory = (
+        None if most == resource.RLIM_INFINITY else most
+        for most, _ in map(resource.getrlimit, (resource.RLIMIT_NOFILE, resource.RLIMIT_DATA))
+    )
     no_new_privileges = bool(prctl(_GET_NO_NEW_PRIVS))
     left, *_ = capabilities()
     abi, filtered = 0, False
@@ -181,6 +193,7 @@ def _confine(sandbox: bool, most_files: int | None, *, network: bool) -> Privile
         landlock=abi,
         seccomp=filtered,
         files=files,
+        memory=memory,
         missing=missing,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import mmap
 import os
 import pwd
 import re
@@ -36,6 +37,7 @@ FULL = Privileges(
     landlock=7,
     seccomp=True,
     files=9,
+    memory=5 << 20,
     missing=[],
 )
 
@@ -61,7 +63,7 @@ def confined(
         if before is not None:
             before()
         with open("/proc/self/status") as file:
-            said = privileges.confine_worker(sandbox)
+            said = privileges.confine_worker(sandbox, 0)
             lines = (line.partition(":") for line in file)
             return said, {key: value.strip() for key, _, value in lines}
 
@@ -102,21 +104,40 @@ def test_a_worker_says_whose_it_is() -> None:
 def test_a_user_without_a_name_is_a_number() -> None:
     def child() -> str:
         os.setresuid(1 << 30, 1 << 30, 1 << 30)
-        return privileges.confine_worker(False).user
+        return privileges.confine_worker(False, 0).user
 
     assert in_child(child) == str(1 << 30)
 
 
 def _limits() -> list[tuple[int, int]]:
-    privileges.confine_worker(False)
-    kinds = (resource.RLIMIT_NOFILE, resource.RLIMIT_CORE, resource.RLIMIT_NPROC)
+    privileges.confine_worker(False, 0)
+    kinds = (
+        resource.RLIMIT_NOFILE,
+        resource.RLIMIT_DATA,
+        resource.RLIMIT_CORE,
+        resource.RLIMIT_NPROC,
+    )
     return [resource.getrlimit(kind) for kind in kinds]
 
 
 def test_a_worker_has_limits_that_it_cannot_raise() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     files = min(hard if hard != resource.RLIM_INFINITY else 1 << 30, privileges.MOST_FILES)
-    assert in_child(_limits) == [(files, files), (0, 0), (0, 0)]
+    memory = privileges.MOST_MEMORY
+    assert in_child(_limits) == [(files, files), (memory, memory), (0, 0), (0, 0)]
+
+
+def test_a_worker_has_memory_for_its_journals_and_no_end_of_it() -> None:
+    def child() -> int:
+        privileges.confine_worker(False, 1 << 24)
+        with mmap.mmap(-1, 1 << 30):  # shared, as guest memory is
+            try:
+                bytearray(privileges.MOST_MEMORY + (1 << 26))
+            except MemoryError:
+                return resource.getrlimit(resource.RLIMIT_DATA)[1]
+        return 0
+
+    assert in_child(child) == privileges.MOST_MEMORY + (1 << 26)
 
 
 def test_a_worker_that_may_not_set_limits_goes_on_and_says_so(
@@ -149,7 +170,7 @@ def test_shared_memory_is_in_no_core_file(user: str) -> None:
             kinds.write("0x1ff")
         if user == "nobody":
             _become_nobody()
-        privileges.confine_worker(False)
+        privileges.confine_worker(False, 0)
         return _own("coredump_filter")
 
     assert int(in_child(child), 16) == 0x1FF & ~(1 << 1 | 1 << 3 | 1 << 6 | 1 << 8)
@@ -160,7 +181,7 @@ def test_when_memory_runs_out_a_worker_goes_before_its_master(user: str) -> None
     def child() -> str:
         if user == "nobody":
             _become_nobody()
-        privileges.confine_worker(False)
+        privileges.confine_worker(False, 0)
         return _own("oom_score_adj")
 
     assert int(in_child(child)) == min(1000, int(_own("oom_score_adj")) + 250)
@@ -170,7 +191,7 @@ def test_when_memory_runs_out_a_worker_goes_before_its_master(user: str) -> None
 def test_whoever_became_another_user_stays_closed_to_it() -> None:
     def child() -> int:
         _become_nobody()
-        privileges.confine_worker(False)
+        privileges.confine_worker(False, 0)
         return prctl(3)
 
     assert in_child(child) == 0
@@ -178,7 +199,7 @@ def test_whoever_became_another_user_stays_closed_to_it() -> None:
 
 def test_without_the_sandbox_files_can_be_opened() -> None:
     def child() -> tuple[Privileges, dict[str, str]]:
-        return privileges.confine_worker(False), status()
+        return privileges.confine_worker(False, 0), status()
 
     said, kernel = in_child(child)
     assert (said.landlock, said.seccomp, kernel["Seccomp"]) == (0, False, "0")
@@ -210,7 +231,7 @@ def test_a_worker_without_libseccomp_goes_on_and_says_so(monkeypatch: pytest.Mon
 
 def test_a_confined_worker_can_say_where_it_went_wrong() -> None:
     def child() -> str:
-        privileges.confine_worker(True)
+        privileges.confine_worker(True, 0)
         said: list[str] = []
         handler = logging.Handler()
         handler.emit = lambda record: said.append(handler.format(record))  # type: ignore[method-assign]
@@ -397,7 +418,7 @@ def test_a_daemon_that_stays_root_unasked_warns_once(
 
 def test_what_is_in_force_is_one_line() -> None:
     assert str(FULL) == (
-        "user a, capabilities none, no new privileges, Landlock 7, seccomp, 9 descriptors"
+        "user a, capabilities none, no new privileges, Landlock 7, seccomp, 9 descriptors, 5 MiB"
     )
 
 
@@ -409,6 +430,7 @@ def test_what_is_missing_is_said() -> None:
         landlock=0,
         seccomp=False,
         files=9,
+        memory=None,
         missing=["no Landlock: x", "no seccomp: y"],
     )
     assert str(poor) == (

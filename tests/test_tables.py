@@ -210,6 +210,7 @@ def confined(**changed: Any) -> GuestStatus:
         "landlock": 7,
         "seccomp": True,
         "files": 16384,
+        "memory": 1 << 29,
         "missing": [],
     }
     return guest(privileges=Privileges(**{**usual, **changed}))
@@ -237,7 +238,7 @@ def test_what_a_worker_may_do_is_a_line_of_its_own() -> None:
     (line,) = tables.privileges(confined(user="a\x1b[1m"))
     assert line == (
         r"web is served with: user a\x1b[1m, capabilities none, no new privileges, "
-        "Landlock 7, seccomp, 16384 descriptors"
+        "Landlock 7, seccomp, 16384 descriptors, 512 MiB"
     )
 
 

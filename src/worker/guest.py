@@ -176,7 +176,9 @@ class Guest:
             for port, files in zip(guest.ports, inheritance.ports, strict=True)
         ]
         doors = [*zip(guest.ports, inheritance.ports, ends, strict=True)]
-        self._counters.privileges = privileges.confine_worker(guest.sandbox)
+        self._counters.privileges = privileges.confine_worker(
+            guest.sandbox, sum(port.output_bytes + port.input_bytes for port in guest.ports)
+        )
         if inheritance.snapshot:
             self._resume(_decode(inheritance.snapshot), doors, inheritance)
         else:

@@ -65,7 +65,11 @@ def test_the_status_says_what_the_kernel_does(pair: Pair) -> None:
     assert kernel["Seccomp"] == ("2" if said["seccomp"] else "0")
     uid = pwd.getpwnam(said["user"]).pw_uid
     assert kernel["Uid"].split() == [str(uid)] * 4
-    assert said["files"] == psutil.Process(pair.worker).rlimit(psutil.RLIMIT_NOFILE)[1]
+    limits = [
+        psutil.Process(pair.worker).rlimit(kind)[1]
+        for kind in (psutil.RLIMIT_NOFILE, psutil.RLIMIT_DATA)
+    ]
+    assert [said["files"], said["memory"]] == limits
 
 
 @filtered
@@ -126,8 +130,8 @@ def run(guest, heirlooms):
         return worker.run(guest, heirlooms)
     confine = privileges.confine_worker
 
-    def confine_and_attempt(sandbox):
-        said = confine(sandbox)
+    def confine_and_attempt(*arguments):
+        said = confine(*arguments)
         try:
             attempt()
             what = "allowed"
