@@ -46,7 +46,8 @@ class LogFiles:
         self.files = dict(files or {})
         if not self.files:
             try:
-                self.files[1] = _open(self._path, _FREE_WITHIN)
+                # No worker's record knows this generation, not even from a log of earlier.
+                self.files[time.time_ns()] = _open(self._path, _FREE_WITHIN)
             except OSError as error:
                 raise ConfigError(
                     f"cannot write log {described.path}: {_reason(self._path, error)}"

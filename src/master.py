@@ -247,7 +247,8 @@ class _Guest:
                     rows=now.rows,
                     size_by=monitor.text(now.size_by),
                     log=None if port.log is None else monitor.text(port.log.path),
-                    log_failing=now.log is not None and now.log.failing,
+                    log_failing=port.log is not None
+                    and (port.id not in self.logs or (now.log is not None and now.log.failing)),
                 )
             )
         return statuses
@@ -381,18 +382,23 @@ class _Guest:
         self.before, self.health = saved.before, saved.health
         self.supervisor = Supervisor.resume(saved.supervisor)
         self.crashes = saved.crashes
-        self._kept_logs = {id_: files for id_, files in saved.logs.items() if id_ in kept}
+        for port_id, files in saved.logs.items():
+            if port_id in kept:
+                self._kept_logs[port_id] = files
+            else:
+                custody.close(files.values())
         self.pid, self.pipe = saved.pid, saved.pipe
         self.decoder = Decoder(saved.decoder)
 
-    def open_logs(self) -> None:
-        """Open every port's log; raises ConfigError."""
+    def open_logs(self, before: object | None) -> None:
+        """Open every port's log; raises ConfigError unless there was something `before`."""
         for port in self.guest.ports:
             files = self._kept_logs.pop(port.id, None)
             if port.log is not None:
-                self.logs[port.id] = log = LogFiles(port.log, files)
-                if files is not None and log.reopen():
-                    self._tell_log(port.id, log)
+                with _going_on(before):
+                    self.logs[port.id] = log = LogFiles(port.log, files)
+                    if files is not None and log.reopen():
+                        self._tell_log(port.id, log)
             elif files is not None:
                 custody.close(files.values())
 
@@ -571,7 +577,7 @@ class _Master:
             undo.callback(self._terminal.restore)
         privileges.confine_master(None if daemon.user is None else look_up(daemon.user))
         for guest in self._guests:
-            guest.open_logs()  # as the user who will have to open the next ones
+            guest.open_logs(before)  # as the user who will have to open the next ones
         with _going_on(before):
             self._gateway.start()  # as whoever this is now
         self._status_at: Kept | None = None

@@ -375,7 +375,7 @@ class Guest:
             blocking=described.overflow is config.Overflow.BLOCK,
             spare=journal.spare,
         )
-        if described.log is not None:
+        if described.log is not None and files.logs:
             port.log = self._logs[port.id] = Log(
                 described.log.path,
                 journal.output,
