@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 import subprocess
@@ -12,18 +13,28 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from pid1 import own_cgroup
+from pid1 import Machine, own_cgroup
 from scene import attach, boot, converse, exactly
 from service import Service, StartService
 from vhost_device_console.testing import ConsoleDriver
 
-from launch import WITHIN
+from launch import WITHIN, until
+
+#: Seconds within which systemd, or the master, takes for hung who says nothing.
+PATIENCE = 2
 
 
 @pytest.fixture
 def web(service: StartService) -> Service:
     """Give a service with one guest."""
     return service("web")
+
+
+@pytest.fixture
+def watched(service: StartService) -> Service:
+    """Give a service with two guests and a watchdog of little patience."""
+    options = "OPTIONS=--backend=unix --socket-count=2"
+    return service("web", options, f"WatchdogSec={PATIENCE}", guests=2)
 
 
 @contextmanager
@@ -52,6 +63,40 @@ def talk_during(console: ConsoleDriver, peer: socket.socket, act: Callable[[], o
 
 
 # What hangs or dies
+
+
+def test_a_worker_that_hangs_is_replaced_and_its_guest_goes_on(watched: Service) -> None:
+    with used(watched) as (console, peer):
+        master, (worker, _) = watched.pid, watched.workers()
+        watched.kill(worker, "STOP")
+        watched.until(lambda guests: guests[0]["worker"] not in (None, worker), "never replaced")
+        converse(console, peer)
+    assert (watched.pid, watched.show("NRestarts")) == (master, "0")
+
+
+def test_a_worker_that_hangs_holds_up_no_other_guest(watched: Service) -> None:
+    with used(watched) as (console, peer), used(watched, 1) as (other, friend):
+        hung, well = watched.workers()
+        watched.kill(hung, "STOP")
+
+        def replaced() -> None:
+            watched.until(lambda guests: guests[0]["worker"] not in (None, hung), "never replaced")
+
+        assert talk_during(other, friend, replaced)
+        assert watched.workers()[1] == well
+        converse(console, peer)
+
+
+def test_a_service_whose_workers_are_well_is_not_ended(watched: Service) -> None:
+    """Its master says so in time: what it says last is never older than systemd's patience."""
+    with used(watched) as (console, peer):
+        first = int(watched.show("WatchdogTimestampMonotonic"))
+        until(
+            lambda: int(watched.show("WatchdogTimestampMonotonic")) > first + 2_000_000 * PATIENCE,
+            "systemd was told nothing",
+        )
+        converse(console, peer)
+    assert watched.show("NRestarts") == "0"
 
 
 def test_a_killed_worker_is_replaced_and_its_guest_goes_on(web: Service) -> None:
@@ -121,3 +166,90 @@ def test_the_kernel_would_end_a_worker_before_its_master(web: Service) -> None:
         return int(Path(web.machine.path(f"/proc/{pid}/oom_score_adj")).read_text())
 
     assert all(score(web.pid) < score(worker) for worker in web.workers())
+
+
+# What operators do
+
+
+def test_a_reload_keeps_the_master_and_is_noticed_by_nobody(web: Service) -> None:
+    with used(web) as (console, peer):
+        for _ in range(3):
+            master, (worker,) = web.pid, web.workers()
+
+            def reload(worker: int = worker) -> None:
+                web.systemctl("reload")
+                web.until(lambda guests: guests[0]["worker"] not in (None, worker), "not rolled")
+
+            talk_during(console, peer, reload)
+            assert web.pid == master
+    assert web.show("NRestarts") == "0"
+
+
+def toml(web: Service, guests: int) -> str:
+    """Return the configuration of so many guests with unix endpoints."""
+    return "".join(
+        f"""
+        [[guest]]
+        socket = "{web.folder}/console.sock{index}"
+        [[guest.port]]
+        name = "console"
+        console = true
+        backend = "unix"
+        path = "{web.folder}/console.sock{index}.data"
+        """
+        for index in range(guests)
+    )
+
+
+@pytest.fixture
+def configured(machine: Machine) -> Iterator[Service]:
+    """Give a service with a file of one guest."""
+    file = "/etc/vhost-device-console/web.toml"
+    with Service(machine, "web", f"GUESTS=--config={file}\nOPTIONS=\n", guests=2) as web:
+        machine.write(file, toml(web, 1))
+        web.systemctl("start")
+        yield web
+    os.unlink(machine.path(file))
+
+
+def test_a_reload_brings_a_guest_more_while_the_others_go_on(configured: Service) -> None:
+    web = configured
+    with used(web) as (console, peer):
+        web.machine.write("/etc/vhost-device-console/web.toml", toml(web, 2))
+        talk_during(console, peer, lambda: web.systemctl("reload"))
+        web.until(lambda guests: len(guests) == 2, "no second guest")
+        with used(web, 1):
+            converse(console, peer)
+
+
+def test_a_reload_of_a_configuration_that_makes_no_sense_changes_nothing(
+    configured: Service,
+) -> None:
+    web = configured
+    with used(web) as (console, peer):
+        before = web.pid, web.workers()
+        web.machine.write("/etc/vhost-device-console/web.toml", "[[guest]]\n")
+        web.systemctl("reload", "--no-block")
+        until(lambda: "nothing is reloaded" in web.log(), "nothing was said")
+        assert (web.pid, web.workers()) == before
+        converse(console, peer)
+    assert web.show("ActiveState") == "active"
+
+
+def test_a_stop_hangs_up_on_frontends_and_people(web: Service) -> None:
+    with used(web) as (console, peer):
+        web.systemctl("stop")
+        assert peer.recv(1) == b""
+        assert console.frontend.socket.recv(1) == b""
+    assert web.show("NFileDescriptorStore") == "0"
+
+
+def test_after_a_stop_nothing_of_before_is_left(web: Service) -> None:
+    with used(web) as (console, peer):
+        console.write(b"of before\n")
+        assert exactly(peer, 10) == b"of before\n"
+        web.systemctl("stop")
+    web.systemctl("start")
+    with attach(web) as peer, boot(web) as console:
+        console.write(b"of now\n")
+        assert exactly(peer, 7) == b"of now\n"
