@@ -250,3 +250,97 @@ def test_a_worker_that_is_killed_leaves_no_trace_in_a_log(
         wait_port(running, output=len(data))
         until(lambda: len(in_order(folder)) >= len(data), "the logs are too short")
     assert_same(in_order(folder), data)
+
+
+# Another configuration
+
+
+def configure(folder: Path, *lines: str) -> str:
+    """Write a configuration whose port has these keys too, and return its path."""
+    (folder / "c.toml").write_text(
+        f'[[guest]]\nsocket = "{folder}/c.sock0"\n[[guest.port]]\nname = "c"\nconsole = true\n'
+        f'backend = "unix"\npath = "{folder}/c.data"\n' + "\n".join(lines)
+    )
+    return str(folder / "c.toml")
+
+
+@pytest.fixture
+def configured(folder: Path) -> Iterator[Daemon]:
+    """Give a daemon with a configuration file, and a log at `log0`."""
+    config = configure(folder, f'log = "{folder}/log0"')
+    with Daemon(folder, None, 0, "--config", config, socket_path=None) as served:
+        served.sockets = [f"{folder}/c.sock0"]
+        yield served
+
+
+def reload(served: Daemon) -> None:
+    """Have a daemon begin anew, with another worker."""
+    before = served.workers()
+    served.signal(signal.SIGHUP)
+    served.until(
+        lambda guests: guests[0]["state"] == "running" and guests[0]["worker"] not in before,
+        "its worker is the old one",
+    )
+
+
+def test_a_reload_leaves_no_trace_in_a_log(configured: Daemon) -> None:
+    """What comes before, meanwhile and after is in the file once."""
+    data = numbered(MIB)
+    with boot(configured) as console:
+        for start in range(0, MIB, MIB // 4):
+            for at in range(start, start + MIB // 8, 4096):
+                console.port.submit(data[at : at + 4096])
+            reload(configured)
+            console.write(data[start + MIB // 8 : start + MIB // 4], depth=16)
+        logged(configured, data)
+
+
+def test_a_log_goes_on_at_another_path(configured: Daemon) -> None:
+    """Both files together are what the guest wrote."""
+    with boot(configured) as console:
+        console.write(b"before")
+        logged(configured, b"before")
+        configure(configured.folder, f'log = "{configured.folder}/other"')
+        reload(configured)
+        console.write(b"after")
+        logged(configured, b"after", "other")
+        assert port_of(configured)["log"] == f"{configured.folder}/other"
+    logged(configured, b"before")
+
+
+@pytest.mark.parametrize("again", ["log0", "other"])
+def test_a_log_that_is_dropped_and_comes_back_repeats_nothing(
+    configured: Daemon, again: str
+) -> None:
+    """It goes on where it was, with what the journal kept meanwhile."""
+    with boot(configured) as console:
+        console.write(b"with ")
+        logged(configured, b"with ")
+        configure(configured.folder)
+        reload(configured)
+        console.write(b"without ")
+        assert port_of(configured)["log"] is None
+        configure(configured.folder, f'log = "{configured.folder}/{again}"')
+        reload(configured)
+        console.write(b"again")
+        logged(configured, b"with without again"[0 if again == "log0" else 5 :], again)
+
+
+def test_a_log_that_cannot_be_opened_ends_no_daemon(configured: Daemon) -> None:
+    """A reload that brings one says so; its guest goes on, and the next reload brings it."""
+    folder = configured.folder
+    with boot(configured) as console:
+        console.write(b"first ")
+        logged(configured, b"first ")
+        configure(folder)
+        reload(configured)
+        configure(folder, f'log = "{folder}/new/log"')
+        reload(configured)
+        configured.expect_log(f"cannot write log {folder}/new/log: folder {folder}/new does not")
+        wait_port(configured, log=f"{folder}/new/log", log_failing=True)
+        console.write(b"second ")
+        (folder / "new").mkdir()
+        reload(configured)
+        console.write(b"third")
+        logged(configured, b"second third", "new/log")
+        wait_port(configured, log_failing=False)

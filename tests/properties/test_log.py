@@ -56,7 +56,7 @@ class Logs(Machine):
         self.output = Journal(fd).output
         os.close(fd)
         self.record = memoryview(mmap.mmap(-1, RECORD_BYTES))
-        self.told = 1  # the generation that the worker knows of
+        self.told = 0  # the generation that the worker knows of
         self.room: int | None = None  # on the disk, for each file
         self.missed = 0  # as the workers said
         self.begin()
