@@ -110,7 +110,12 @@ class Ping(msgspec.Struct, frozen=True, tag=True):
 
 
 class Leave(msgspec.Struct, frozen=True, tag=True):
-    """End, with everything committed, and leave the rest to a successor."""
+    """End, with everything committed, and leave the rest to a successor.
+
+    `last` says that it may be a while until there is one: clients are to have what there is.
+    """
+
+    last: bool = False
 
 
 #: What the frontend did, one at a time: the next comes once this one's `serial` is committed.

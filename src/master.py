@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import hashlib
 import logging
 import os
 import resource
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from itertools import pairwise
+from itertools import count, pairwise
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,7 @@ from . import (
     monitor,
     porter,
     privileges,
+    store,
     succession,
     systemd,
     tls,
@@ -56,6 +58,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Run = Callable[[Guest, worker.Inheritance], int]
+
+#: What one worker may say before everybody else has a turn.
+_WORDS_AT_ONCE = 64
 
 #: Seconds that a worker has to leave its guest to a successor.
 _LEAVE_WITHIN = 5.0
@@ -142,12 +147,15 @@ class _State(msgspec.Struct, array_like=True, kw_only=True):
     status_at: Kept | None
     visitors: list[monitor.Visitor]
     gateways: list[tuple[int, int]]
+    store: store.Saved | None
 
     def fds(self) -> set[int]:
         """Return all descriptors."""
         fds = {fd for guest in self.guests for fd in guest.fds()}
         fds.update(fd for _, fd in self.gateways)
         fds.update(visitor.fd for visitor in self.visitors)
+        if self.store is not None:
+            fds.update((*self.store.files.values(), *self.store.states.values()))
         return fds if self.status_at is None else fds | {self.status_at.fd}
 
 
@@ -183,6 +191,7 @@ class _Guest:
         self.crashes = 0
         self.added: set[int] = set()
         self.leaving = False
+        self.kept = False
         self.hung = False
         self.asked: float | None = None
         self.pid: int | None = None
@@ -380,7 +389,8 @@ class _Guest:
         self.sizes = {size.port: size for size in saved.sizes if size.port in kept}
         self.past.update({port.id: port for port in saved.past if port.id in kept})
         self.before, self.health = saved.before, saved.health
-        self.supervisor = Supervisor.resume(saved.supervisor)
+        if saved.pid is not None:
+            self.supervisor = Supervisor.resume(saved.supervisor)
         self.crashes = saved.crashes
         for port_id, files in saved.logs.items():
             if port_id in kept:
@@ -438,6 +448,11 @@ class _Guest:
         self.gateway.forget(self.guest.name, port.id)
         self.porter.close_port(port.id)
 
+    def keep(self) -> None:
+        """Leave all as it is: nothing is closed before this process ends."""
+        self.endpoints.keep()
+        self.kept = True
+
     def close_doors(self) -> None:
         """Let nobody in any more: the guest is over."""
         for port in self.guest.ports:
@@ -447,6 +462,8 @@ class _Guest:
 
     def close(self) -> None:
         """Close the doors and give up what was kept for a worker."""
+        if self.kept:
+            return
         self.porter.close()
         for fd in self.journals.values():
             os.close(fd)
@@ -525,17 +542,62 @@ def serve(daemon: Daemon, *, run: Run = worker.run) -> int:
         _check_certificates(daemon)
         return 0
     _allow_merging()
+    _raise_file_limit()
+    passed = systemd.listen_fds()
     handed = succession.take_over()
-    before = None if handed is None else msgspec.msgpack.decode(handed, type=_State)
-    for fd in () if before is None else before.fds():
-        os.set_inheritable(fd, False)
+    before: _State | None = None
+    if handed is None:
+        passed, before = _stored(passed)
+    else:
+        before = msgspec.msgpack.decode(handed, type=_State)
+        for fd in before.fds():
+            os.set_inheritable(fd, False)
     with ExitStack() as undo:
-        return _Master(daemon, run, undo, before).serve()
+        return _Master(daemon, run, undo, passed, before).serve()
+
+
+def _stored(passed: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], _State | None]:
+    """Return what systemd passed beside its store, and the state that was there."""
+    names = [name for name, _ in passed]
+    try:
+        found = store.Found(passed)
+        if not found.states:
+            return passed, None
+        fds = succession.settle([fd for _, fd in passed], found.numbers)
+        passed = [*zip(names, fds, strict=True)]
+        saved = store.Found(passed).saved()
+        guests = [
+            msgspec.msgpack.decode(state, type=_SavedGuest) for state in found.states.values()
+        ]
+    except (OSError, ValueError) as error:
+        _log.error("what systemd kept cannot be gone on with: %s", error)
+        others = []
+        for name, fd in passed:
+            if store.is_ours(name):
+                os.close(fd)
+            else:
+                others.append((name, fd))
+        return others, None
+    others = [(name, fd) for name, fd in passed if not store.is_ours(name)]
+    return others, _State(
+        version=succession.VERSION,
+        guests=guests,
+        modes=None,
+        status_at=None,
+        visitors=[],
+        gateways=[],
+        store=saved,
+    )
 
 
 class _Master:
     def __init__(
-        self, daemon: Daemon, run: Run, undo: ExitStack, before: _State | None = None
+        self,
+        daemon: Daemon,
+        run: Run,
+        undo: ExitStack,
+        passed: list[tuple[str, int]],
+        before: _State | None,
     ) -> None:
         self._run = run
         self._status = 0
@@ -544,9 +606,13 @@ class _Master:
         self._over = False  # another program is to take this one's place
         self._due: list[_Guest] = []  # whose workers are an earlier program's
         self._starting: list[_Guest] = []
-        inherited = Inherited(systemd.listen_fds())
+        self._store: store.Store | None = None
+        self._complete = False  # every guest is as it is to be kept
+        if store.in_force():
+            self._store = store.Store(None if before is None else before.store)
+            undo.callback(self._store.close)
+        inherited = Inherited(passed)
         undo.callback(inherited.close)
-        _raise_file_limit()
         self._signals = _enqueue_signals(undo)
         self._selector = selectors.DefaultSelector()
         undo.callback(self._selector.close)
@@ -582,6 +648,9 @@ class _Master:
             self._gateway.start()  # as whoever this is now
         self._status_at: Kept | None = None
         self._monitor = self._listen(before)
+        self._complete = True
+        for guest in self._guests:
+            self._put(guest)
         undo.callback(self._listen_no_more)
 
     def _prepare(
@@ -599,7 +668,12 @@ class _Master:
         except OSError as error:
             raise ConfigError(f"{guest.name}: cannot make its ledger: {error.strerror}") from error
         held = None if saved is None else saved.porter
-        porter = Porter(guest.name, endpoints, self._selector, self._alarms, held)
+
+        def changed() -> None:
+            if self._complete:
+                self._put(prepared)
+
+        porter = Porter(guest.name, endpoints, self._selector, self._alarms, changed, held)
         prepared = _Guest(guest, endpoints, ledger_fd, porter, self._gateway, time.monotonic())
         undo.callback(prepared.close)
         if saved is not None:
@@ -609,9 +683,22 @@ class _Master:
                 prepared.journals[port.id] = _create_journal(guest, port)
             with _going_on(saved):
                 prepared.open_port(port, endpoints.ports[port.id])
-        if saved is not None and saved.pid is not None:
+        if saved is not None:
             self._go_on(prepared, saved)
         return prepared
+
+    def _put(self, guest: _Guest) -> None:
+        """Have systemd keep a guest as it is now, if it keeps anything."""
+        if self._store is None or guest.kept:
+            return
+        saved = guest.save()
+        if saved is None:
+            self._store.drop(_part(guest.guest))
+            return
+        pipe, pid = saved.pipe, saved.pid
+        saved.pid = saved.pipe = None  # no worker outlives this process
+        self._store.put(_part(guest.guest), saved, saved.fds())
+        saved.pipe, saved.pid = pipe, pid
 
     def _go_on(self, guest: _Guest, saved: _SavedGuest) -> None:
         """Have the worker that another program has forked, until it can be replaced."""
@@ -622,9 +709,12 @@ class _Master:
             sock = socket.socket(fileno=saved.line)
             guest.line = Line(self._selector, sock, lambda: self._listen_to(guest))
             guest.porter.go_on(guest.line)
-        if saved.behind:
+        if saved.pid is None:
+            self._deafen(guest)  # after what its last worker has committed
+        elif saved.behind:
             self._signal(guest, signal.SIGKILL)  # its successor is told all of it
-        self._due.append(guest)
+        else:
+            self._due.append(guest)
 
     def _listen(self, before: _State | None) -> monitor.Server | None:
         kept, visitors = (None, []) if before is None else (before.status_at, before.visitors)
@@ -704,6 +794,9 @@ class _Master:
         match guest.supervisor.handle(event, time.monotonic()):
             case Action.START:
                 self._starting.append(guest)
+            case Action.TERMINATE if self._store is not None and self._stopping:
+                if guest.line is not None:
+                    guest.line.send(custody.Leave(last=True))
             case Action.TERMINATE:
                 self._signal(guest, signal.SIGTERM)
             case Action.KILL:
@@ -712,7 +805,10 @@ class _Master:
             case Action.NOTHING:
                 pass
         if guest.supervisor.state is State.FINISHED and before is not State.FINISHED:
-            guest.close_doors()
+            if self._store is not None and self._stopping:
+                guest.keep()  # for the next process, to which systemd gives all of it
+            else:
+                guest.close_doors()
 
     def _take_signals(self) -> None:
         numbers = set(os.read(self._signals, _PIPE_READ))
@@ -777,6 +873,7 @@ class _Master:
             status_at=self._status_at,
             visitors=[] if self._monitor is None else self._monitor.hand_over(),
             gateways=self._gateway.kept,
+            store=None if self._store is None else self._store.save(),
         )
         # What comes until the next program has handlers waits for them.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -894,6 +991,7 @@ class _Master:
         guest.pid = birth.pid
         guest.pipe = birth.heard
         guest.line = Line(self._selector, birth.line, lambda: self._listen_to(guest))
+        self._put(guest)
         guest.porter.begin(guest.line)
         guest.repeat_sizes()
         guest.heard = True
@@ -924,10 +1022,12 @@ class _Master:
         guest.heard = False
 
     def _listen_to(self, guest: _Guest) -> None:
-        """Take what a worker commits, all of it: what a dead one has sent counts."""
+        """Take what a worker commits; of a dead one all that it has sent: that counts."""
         line = guest.line
         try:
-            while line is not None and (received := custody.receive_word(line.sock)) is not None:
+            for _ in range(_WORDS_AT_ONCE) if guest.pid is not None else count():
+                if line is None or (received := custody.receive_word(line.sock)) is None:
+                    return
                 word, fds = received
                 if isinstance(word, custody.Commit):
                     guest.porter.committed(word, fds)
@@ -1038,6 +1138,7 @@ class _Master:
                 guest.resize(port, columns, rows)
                 size = f"is {columns}x{rows}" if columns else "has its clients' size"
                 said = f"port {port.id} of {name}, {port.name}, {size}"
+        self._put(guest)
         _log.info("%s", said)
         return monitor.Done(monitor.text(said))
 
@@ -1084,6 +1185,11 @@ class _Master:
 def _identity(guest: Guest) -> str:
     """Return by what a guest is known to the next program: where its frontend connects."""
     return f"fd {guest.fd}" if guest.socket_path is None else guest.socket_path
+
+
+def _part(guest: Guest) -> str:
+    """Return the name of a guest's part in the store."""
+    return hashlib.sha256(_identity(guest).encode(errors="surrogateescape")).hexdigest()
 
 
 def _same(port: Port, guest: Guest) -> bool:

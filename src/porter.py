@@ -122,10 +122,15 @@ class Porter:
         endpoints: Endpoints,
         selector: selectors.BaseSelector,
         alarms: Alarms,
+        changed: Callable[[], None],
         saved: Saved | None = None,
     ) -> None:
-        """Be there for who comes; with `saved`, go on in place of another porter."""
+        """Be there for who comes; with `saved`, go on in place of another porter.
+
+        `changed` is called when `save` has become another, before anybody is told.
+        """
         self._name = name
+        self._changed = changed
         self._selector = selector
         self.vault = Vault()
         self.snapshot = b""
@@ -250,6 +255,7 @@ class Porter:
         """Hand a client of port number `port` to the worker."""
         came = custody.ClientCame(port, self.vault.put(sock.detach()))
         self._arrivals[came.key] = came
+        self._changed()
         self._tell(came, [self.vault.fds[came.key]])
 
     # The worker
@@ -312,7 +318,8 @@ class Porter:
             if commit.dismiss:
                 self._hang_up()
                 self._event = None
-            elif commit.answer is not None:
+            self._changed()
+            if commit.answer is not None and not commit.dismiss:
                 self._answer(commit.answer, answer_fd)
         finally:
             if answer_fd is not None:
@@ -370,6 +377,7 @@ class Porter:
     def _raise(self, event: FrontendEvent, fds: Sequence[int] = ()) -> None:
         """Tell the worker of the frontend's next step."""
         self._event = event
+        self._changed()
         self._tell(event, fds)
 
     def _on_channel(self) -> None:
@@ -443,6 +451,7 @@ class Porter:
         self._hang_up()
         self._event = None
         self.lost = True
+        self._changed()
 
     def close(self) -> None:
         """Close every door and connection; the listeners are their owner's."""

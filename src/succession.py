@@ -10,6 +10,7 @@ read, or a program that does not start, changes nothing.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import subprocess
@@ -85,11 +86,28 @@ def take_over() -> bytes | None:
         return file.read()
 
 
-def settle(fds: dict[int, int]) -> None:
-    """Give descriptors the numbers they had: the values; no other may be open above stderr."""
-    moved = {fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, max(fds.values()) + 1): fds[fd] for fd in fds}
-    for fd in fds:
+def settle(found: list[int], numbers: Iterable[tuple[int, int]]) -> list[int]:
+    """Give descriptors the numbers that they had; return those in `found`, as they are then.
+
+    `numbers` are pairs of a descriptor in `found` and the number that the same file had. What is
+    in `found` is moved out of the way. Raises OSError when a number is taken by something else.
+    """
+    pairs = [*numbers]
+    for _, number in pairs:
+        if number not in found and _is_open(number):
+            raise OSError(errno.EBUSY, f"descriptor {number} is taken")
+    above = max([*found, *(number for _, number in pairs)], default=0) + 1
+    moved = {fd: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in found}
+    for fd in found:
         os.close(fd)
-    for fd, number in moved.items():
-        os.dup2(fd, number, inheritable=False)
-        os.close(fd)
+    for fd, number in pairs:
+        os.dup2(moved[fd], number, inheritable=False)
+    return [moved[fd] for fd in found]
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True

@@ -262,7 +262,7 @@ def test_a_stale_socket_of_a_killed_daemon_is_replaced(daemon: StartDaemon) -> N
     assert daemon("unix").workers()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_daemon_and_removes_its_sockets(
     number: int, daemon: StartDaemon, folder: Path
 ) -> None:

@@ -307,7 +307,7 @@ def test_the_daemon_ends_with_its_last_guest(start: StartDaemon) -> None:
 # Stopping
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
 def test_a_signal_ends_everything_with_status_0(number: int, start: StartDaemon) -> None:
     served = start(count=3)
     served.workers()

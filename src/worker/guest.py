@@ -135,7 +135,7 @@ class Guest:
         self._poller.on_signal(signal.SIGTERM, self._end)
         self._last_timer = self._poller.timer(self._poller.stop)
         self._ending = False
-        self._status: int | None = None
+        self._leaving = False
         self._counters = Health()
         self._ledger = Ledger(inheritance.ledger)
         os.close(inheritance.ledger)
@@ -509,23 +509,27 @@ class Guest:
                 self._audiences[number].fix_size(columns, rows)
             case custody.Ping():
                 self._tell(custody.Pong())
-            case custody.Leave():
-                self._commit()
-                self._status = HANDOVER
-                self._poller.stop()
+            case custody.Leave(last):
+                self._leaving = True
+                if last:
+                    self._end()
+                else:
+                    self._poller.stop()
 
     def run(self) -> int:
         """Serve until told to end, left by the user, or without master or `--fd` frontend."""
         try:
             self._report.send()
             self._poller.run(self._drain, self._flush, self._look, self._queues.arm)
+            if self._leaving:
+                self._commit()
+                return HANDOVER
         except _OrphanedError:
             for people in self._audiences.values():
                 people.abandon()
             return HANDOVER
-        if self._status is None:
-            self._close()
-        return self._status or 0
+        self._close()
+        return 0
 
     def _close(self) -> None:
         """Give back everything: the frontend, the clients, the terminal's modes."""
