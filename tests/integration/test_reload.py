@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -111,3 +112,59 @@ def test_what_does_not_parse_changes_nothing(configured: Daemon) -> None:
     configured.signal(signal.SIGHUP)
     configured.expect_log("nothing is reloaded: the command line would fail")
     assert configured.workers() == before
+
+
+def test_a_guest_comes_another_goes_and_the_third_does_not_notice(configured: Daemon) -> None:
+    configured.sockets = [f"{configured.folder}/{name}" for name in "abc"]
+    configured.data = [f"{path}.data" for path in configured.sockets]
+    configured.workers()
+    with attach(configured, 1) as peer, boot(configured, 1) as console:
+        converse(console, peer)
+        write(configured.folder, "b", "c")
+        configured.signal(signal.SIGHUP)
+        configured.until(
+            lambda guests: (
+                [guest["name"] for guest in guests if guest["state"] == "running"] == ["b", "c"]
+            ),
+            "not another set of guests",
+        )
+        converse(console, peer)
+    assert not os.path.exists(configured.sockets[0])
+    with boot(configured, 2) as console:
+        console.write(b"new")
+
+
+def test_a_port_comes_with_a_configuration(configured: Daemon) -> None:
+    configured.sockets = [f"{configured.folder}/{name}" for name in "ab"]
+    configured.data = [f"{path}.data" for path in configured.sockets]
+    path = Path(write(configured.folder, "a", "b"))
+    with attach(configured) as peer, boot(configured) as console:
+        converse(console, peer)
+        path.write_text(
+            path.read_text().replace("[[guest]]", "[[guest]]\nmax-ports = 2")
+            + f'[[guest.port]]\nname = "d"\nbackend = "unix"\npath = "{configured.folder}/d"\n'
+        )
+        configured.signal(signal.SIGHUP)
+        configured.until(lambda guests: len(guests[1]["ports"]) == 2, "no second port")
+        converse(console, peer)
+
+
+OTHER_VERSION = """
+import os
+from vhost_device_console import cli
+from vhost_device_console.worker import guest
+if "VHOST_DEVICE_CONSOLE_STATE" in os.environ:
+    guest.VERSION += 1
+cli.main()
+"""
+
+
+def test_a_worker_stays_whose_snapshot_the_new_program_does_not_know(daemon: StartDaemon) -> None:
+    served = daemon("network", 1, program=[sys.executable, "-c", OTHER_VERSION])
+    before = served.workers()
+    with attach(served) as peer, boot(served) as console:
+        converse(console, peer)
+        served.signal(signal.SIGHUP)
+        served.expect_log("c.sock0 keeps its worker: this program cannot go on from what")
+        converse(console, peer)
+        assert served.workers() == before
