@@ -133,7 +133,8 @@ class _Seat:
     def begin(self, watcher: Watcher) -> None:
         """Begin a record: it joins there."""
         record = self.record
-        self.written, self.read = self.client.totals() or (0, 0)
+        self.written = self.client.total_written() or 0
+        self.read = self.client.total_read() or 0
         record[_ENDED] = 0
         record[_JOINED] = watcher.joined
         record[_WRITTEN], record[_READ] = self.written, self.read
@@ -145,9 +146,9 @@ class _Seat:
     def resume(self, port: Port) -> None:
         """Go on with its record where the client is by now."""
         record = self.record
-        totals = self.client.totals()
-        if totals is not None:
-            self.written = record[_WRITTEN] = max(totals[0], self.written)
+        written = self.client.total_written()
+        if written is not None:
+            self.written = record[_WRITTEN] = max(written, self.written)
         at = _STATES + record[_WHICH] * _STATE_WORDS
         offset, self.start, self.lost = record[at : at + _STATE_WORDS]
         if self.lost and self.written < self.start:
@@ -285,9 +286,6 @@ class Audience:
         self._port.resumed()
         restored, self._restored = self._restored, []
         for seat in restored:
-            totals = seat.client.totals()
-            if totals is not None:
-                seat.read = seat.record[_READ] = totals[1]
             self._serve_from_now_on(seat)
             if seat.watcher is None and not seat.typing:
                 self._leave(seat)
@@ -299,8 +297,11 @@ class Audience:
         if read is None:
             return
         seat = next((seat for seat in self._restored if seat.told.slot == read.who), None)
-        totals = seat.client.totals() if seat else None
-        count = read.known if seat is None or totals is None else totals[1] - seat.read
+        known, total = read.known, seat.client.total_read() if seat else None
+        if known is None and seat is not None and total is not None:
+            known = max(0, total - seat.read)
+        count = known or 0
+        self._under_way[1] = count + 1
         lost = self._port.finish(read, count)
         name = seat.client.name if seat else "a client"
         if lost:
@@ -310,12 +311,12 @@ class Audience:
                 lost,
                 name,
             )
-        elif totals is None and not count:
+        elif known is None:
             self._log.warning(
                 "port %d: what %s typed last may be lost with its worker", self._port.id, name
             )
-        if seat is not None:
-            seat.read = seat.record[_READ] = seat.read + count
+        if seat is not None and total is not None:
+            seat.read = seat.record[_READ] = total
         self._under_way[0] = 0
 
     def _restore(self, seats: list[Seat], fds: Mapping[int, int]) -> None:

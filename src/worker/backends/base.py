@@ -44,12 +44,16 @@ class Client(Protocol):
     def unread(self) -> int:
         """Return how many bytes were typed that nobody can read once the client is closed."""
 
-    def totals(self) -> tuple[int, int] | None:
-        """Return how many bytes were ever written to the client, and read from it.
+    def total_written(self) -> int | None:
+        """Return how many bytes were ever written to the client, whoever was killed after that.
 
-        That is what the system counts, and true whoever was killed before telling. None where it
-        does not count; then what was written last may come twice after that, and what was read last
-        may be lost.
+        None where the system does not count; what was written last may come twice then.
+        """
+
+    def total_read(self) -> int | None:
+        """Return how many bytes were ever read from the client, whoever was killed after that.
+
+        None where the system does not count; what was read last may be lost then.
         """
 
     def size(self) -> tuple[int, int]:

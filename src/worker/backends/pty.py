@@ -95,8 +95,12 @@ class PtyClient:
         """Return 0: what was typed stays in the pty."""
         return 0
 
-    def totals(self) -> None:
+    def total_written(self) -> None:
         """Return None: a terminal does not count."""
+        return
+
+    def total_read(self) -> None:
+        """Return None, as for what was written."""
         return
 
     def size(self) -> tuple[int, int]:

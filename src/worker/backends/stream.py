@@ -73,8 +73,12 @@ class StreamClient:
         """See `Client.unread`."""
         return self._count(termios.FIONREAD)
 
-    def totals(self) -> tuple[int, int] | None:
+    def total_written(self) -> int | None:
         """Return None: a unix socket counts memory (SIOCOUTQ), and forgets what was taken."""
+        return None
+
+    def total_read(self) -> int | None:
+        """Return None, as for what was written."""
         return None
 
     def size(self) -> tuple[int, int]:

@@ -52,27 +52,34 @@ class TcpClient(StreamClient):
         look.register(self._sock, 0)
         return self.on_its_way() if look.poll(0) else 0
 
-    def totals(self) -> tuple[int, int]:
-        """See `Client.totals`; of an accepted connection, which nobody else is using just now.
+    # Both totals are asked for in two calls, between which more may be acknowledged or received.
 
-        Written is what was acknowledged and what was not yet, read is what was received and does
-        not wait. Either pair is asked for in two calls, between which bytes may come.
-        """
+    def total_written(self) -> int:
+        """See `Client.total_written`: what was acknowledged, and what was not yet."""
         while True:
-            before = self._counts()
-            unacknowledged, waiting = self.on_its_way(), self.unread()
-            state, counts = self._counts()
-            if (state, counts) == before:
-                acknowledged, received = counts
-                return acknowledged + unacknowledged, received - waiting - self._ended(state)
+            _, acknowledged, _ = self._counts()
+            total = acknowledged + self.on_its_way()
+            if self._counts()[1] == acknowledged:
+                return total
 
-    def _counts(self) -> tuple[int, tuple[int, int]]:
+    def total_read(self) -> int:
+        """See `Client.total_read`: what was received, and does not wait."""
+        while True:
+            before = state, _, received = self._counts()
+            total = received - self.unread()
+            if self._counts() == before:
+                return total - self._ended(state)
+
+    def _counts(self) -> tuple[int, int, int]:
+        """Return the state, and how many bytes were acknowledged and received."""
         info = self._sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _INFO_BYTES)
-        acknowledged, received = _COUNTS.unpack_from(info, _COUNTS_AT)
-        return info[_STATE_AT], (acknowledged, received)
+        return info[_STATE_AT], *_COUNTS.unpack_from(info, _COUNTS_AT)
 
     def _ended(self, state: int) -> bool:
-        """Say whether the end of the input was received, before a reset or without one."""
+        """Say whether the end of the input was received, before a reset or without one.
+
+        Of a reset connection the system tells that once.
+        """
         if state != _CLOSED:
             return state in _ENDED
         return self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == errno.EPIPE

@@ -178,8 +178,12 @@ class Terminal:
         """Return 0: what was typed is for whoever reads the terminal next."""
         return 0
 
-    def totals(self) -> None:
+    def total_written(self) -> None:
         """Return None: neither terminals nor pipes count."""
+        return
+
+    def total_read(self) -> None:
+        """Return None, as for what was written."""
         return
 
     def close(self) -> None:

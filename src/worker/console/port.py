@@ -32,8 +32,8 @@ _MOST_SPANS = 1024
 _UNREAD = -1
 
 #: A read that is under way is one word: where its bytes go in two bits (0: none is under way), who
-#: typed them in eight, and the low bits of the offset at which they begin. The next word has how
-#: many they are, once the read has returned.
+#: typed them in eight, and the low bits of the offset at which they begin. The next word is, once
+#: the read has returned, how many they are and 1.
 TO_RING, TO_GUEST = 1, 2
 _WHO_AT, _OFFSET_AT = 2, 10
 _WHO, _OFFSET = (1 << 8) - 1, (1 << 54) - 1
@@ -85,20 +85,21 @@ class Inlet(NamedTuple):
 class UnderWay(NamedTuple):
     """A read that was not finished: whose, where its bytes go (`TO_RING`, `TO_GUEST`), from where.
 
-    `known` bytes have come for certain.
+    `known` is how many there are, None if it had not returned.
     """
 
     who: int
     way: int
     offset: int
-    known: int
+    known: int | None
 
     @classmethod
     def of(cls, words: memoryview) -> UnderWay | None:
         """Return what a port's `under_way` says, None for nothing."""
         word, known = words
+        count = known - 1 if known else None
         way = word & (1 << _WHO_AT) - 1
-        return cls(word >> _WHO_AT & _WHO, way, word >> _OFFSET_AT, known) if way else None
+        return cls(word >> _WHO_AT & _WHO, way, word >> _OFFSET_AT, count) if way else None
 
 
 class Log(Protocol):
@@ -413,7 +414,7 @@ class Port:
         self.under_way[1] = 0
         self.under_way[0] = (waiting.head & _OFFSET) << _OFFSET_AT | who << _WHO_AT | TO_RING
         count = read([waiting.room()])
-        self.under_way[1] = count or 0
+        self.under_way[1] = (count or 0) + 1
         if count:
             waiting.fed(count)
         return count
@@ -444,7 +445,8 @@ class Port:
             # Buffers of no size would look like the end of the input.
             count = read(spans[:_MOST_SPANS]) if spans else None
         finally:
-            left = self.under_way[1] = count or 0
+            left = count or 0
+            self.under_way[1] = left + 1
             while used < len(chains) and (left > 0 or not spans):
                 left -= chains[used].size
                 used += 1
