@@ -331,6 +331,8 @@ class Gateway:
 
         It has been talking to strangers: nothing that it says is taken on trust.
         """
+        if process.channel.fileno() < 0:
+            return False  # found ready and reaped in the same turn
         for _ in range(_AT_ONCE):
             if (record := receive(process.channel)) is None:
                 return True

@@ -614,6 +614,23 @@ def test_one_that_died_is_started_again(
         converse(*both)
 
 
+def test_one_that_is_reaped_before_its_last_word_is_read_does_no_harm(
+    desk: Desk, authority: Authority, folder: Path
+) -> None:
+    desk.serve(authority.server(folder / "s.pem"))
+    pid = desk.pid
+    os.kill(pid, signal.SIGKILL)
+    wait_ended(pid)
+    ready = desk.selector.select(0)
+    assert ready
+    desk.gateway.reap()
+    for key, _ in ready:
+        key.data()
+    desk.gateway.tick()
+    with call(desk, authority) as both:
+        converse(*both)
+
+
 def test_one_that_is_started_again_needs_no_right_to_open_files(
     desk: Desk, authority: Authority, folder: Path
 ) -> None:

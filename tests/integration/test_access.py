@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from scene import assert_same, attach, boot, call, converse, exactly, numbered, port_of, wait_port
+from vhost_device_console.testing import ConsoleDriver, GuestMemory, connect_like_qemu
 
 from authority import Authority
 from conftest import StartDaemon
@@ -23,6 +24,15 @@ from launch import WITHIN, Daemon, Ports, command, receive_until, until
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become someone else")
 
 NOBODY = 65534
+
+
+@contextmanager
+def boot_at(path: Path) -> Iterator[ConsoleDriver]:
+    """Give the console of a guest whose vhost-user socket is at `path`."""
+    with GuestMemory() as memory, connect_like_qemu(str(path), memory, timeout=WITHIN) as frontend:
+        console = ConsoleDriver(frontend)
+        console.wait_open()
+        yield console
 
 
 # Unix sockets
@@ -317,6 +327,145 @@ def _everybody_reads(path: str) -> bool:
         finally:
             os._exit(status)
     return os.waitpid(pid, 0)[1] == 0
+
+
+# A reload
+
+
+def reload(daemon: Daemon) -> None:
+    """Have a daemon begin anew, with other workers."""
+    before = daemon.workers()
+    daemon.signal(signal.SIGHUP)
+    daemon.until(
+        lambda guests: all(
+            guest["state"] == "running" and guest["worker"] not in before for guest in guests
+        ),
+        "its workers are the old ones",
+    )
+
+
+def gateways_of(daemon: Daemon) -> set[int]:
+    workers = {guest["worker"] for guest in daemon.status()}
+    children = psutil.Process(daemon.pid).children()
+    return {child.pid for child in children if child.status() != psutil.STATUS_ZOMBIE} - workers
+
+
+def test_a_reload_takes_new_certificates_and_leaves_who_is_there(
+    secure: Daemon, authority: Authority, folder: Path
+) -> None:
+    assert secure.tcp is not None
+    first = gateway_of(secure)
+    with boot(secure) as console, dial(secure, authority) as peer:
+        converse(console, peer)
+        other = Authority(folder)
+        other.server(folder / "server.pem")
+        reload(secure)
+        converse(console, peer)
+        with pytest.raises(ssl.SSLCertVerificationError):
+            authority.dial(secure.tcp, authority.client()).close()
+        with other.dial(secure.tcp, authority.client()) as another:
+            wait_port(secure, readers=2)
+            peer.close()
+            wait_port(secure, readers=1)
+            converse(console, another)
+            until(lambda: len(gateways_of(secure)) == 1, "the first gateway does not end")
+            assert gateways_of(secure) != {first}
+
+
+def test_a_reload_with_certificates_that_are_no_use_changes_nothing(
+    secure: Daemon, authority: Authority, folder: Path
+) -> None:
+    before = secure.workers()
+    with boot(secure) as console, dial(secure, authority) as peer:
+        (folder / "server.pem").write_text("nonsense")
+        secure.signal(signal.SIGHUP)
+        secure.expect_log("the certificate or its key: no PEM, or damaged")
+        secure.expect_log("nothing is reloaded")
+        assert secure.workers() == before
+        converse(console, peer)
+        with dial(secure, authority, 2) as another:
+            converse(console, another)
+
+
+def test_a_reload_goes_on_counting_who_was_refused(daemon: StartDaemon) -> None:
+    running = daemon("unix", 1, "--allow-uid", str(os.geteuid() + 1))
+    with call(running) as peer, suppress(ConnectionError):
+        assert peer.recv(1) == b""
+    running.until(lambda guests: guests[0]["refused"] == 1, "nobody was refused")
+    reload(running)
+    with call(running) as peer, suppress(ConnectionError):
+        assert peer.recv(1) == b""
+    running.until(lambda guests: guests[0]["refused"] == 2, "nobody was refused again")
+
+
+def configuration(folder: Path, *ports: str, mode: str = "0600") -> Path:
+    """Write a configuration of one guest with these ports more than its console."""
+    lines = ["[[guest]]", f'socket = "{folder}/s"', f'socket-mode = "{mode}"']
+    for text in ('name = "c"\nconsole = true\nbackend = "unix"\npath = "FOLDER/c"', *ports):
+        lines += ["[[guest.port]]", text.replace("FOLDER", str(folder))]
+    path = folder / "c.toml"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_a_reload_gives_sockets_other_modes(folder: Path) -> None:
+    config = configuration(folder)
+    with Daemon(folder, None, 0, "--config", str(config), socket_path=None) as running:
+        configuration(folder, mode="0660")
+        reload(running)
+        assert {owned(folder / name)[0] for name in ("s", "c")} == {0o660}
+        assert owned(running.monitor)[0] == 0o600
+
+
+def test_a_reload_brings_tls_to_a_port_and_takes_it_away(
+    folder: Path, authority: Authority, ports: Ports
+) -> None:
+    number = ports()
+    plain = f'name = "p"\nconsole = true\nbackend = "network"\ntcp-port = {number}'
+    secret = f'{plain}\ntls-cert = "{authority.server(folder / "server.pem")}"'
+    config = configuration(folder, plain)
+    with (
+        Daemon(folder, None, 0, "--config", str(config), socket_path=None) as running,
+        socket.create_connection(("127.0.0.1", number), WITHIN),
+    ):
+
+        def wait_readers(count: int) -> None:
+            running.until(
+                lambda guests: guests[0]["ports"][1]["readers"] == count, f"never {count}"
+            )
+
+        wait_readers(1)
+        configuration(folder, secret)
+        reload(running)
+        with authority.dial(number):
+            wait_readers(2)
+        wait_readers(1)
+        configuration(folder, plain)
+        reload(running)
+        with socket.create_connection(("127.0.0.1", number), WITHIN):
+            wait_readers(2)
+        until(lambda: gateways_of(running) == set(), "the gateway does not end")
+
+
+@pytest.mark.parametrize("more", ["guest", "port"])
+def test_a_reload_with_what_cannot_be_had_leaves_the_rest(more: str, folder: Path) -> None:
+    config = configuration(folder)
+    with Daemon(folder, None, 0, "--config", str(config), socket_path=None) as running:
+        (folder / "taken").touch()
+        if more == "port":
+            configuration(folder, 'name = "p"\nbackend = "unix"\npath = "FOLDER/taken"')
+        else:
+            other = config.read_text().replace("/s", "/taken").replace("/c", "/d")
+            config.write_text(f"{config.read_text()}\n{other}")
+        with boot_at(folder / "s") as console:
+            reload(running)
+            running.expect_log("taken is a file, not a socket")
+            with socket.socket(socket.AF_UNIX) as peer:
+                peer.settimeout(WITHIN)
+                peer.connect(str(folder / "c"))
+                wait_port(running, readers=1)
+                converse(console, peer)
+        assert [guest["name"] for guest in running.status()] == ["s"]
 
 
 @needs_root
