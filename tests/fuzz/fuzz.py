@@ -36,6 +36,9 @@ import targets  # noqa: E402
 #: Inputs are no longer than this; each target makes at most a few hundred steps of it.
 LARGEST = 4096
 
+#: Targets whose every input takes long: few are kept.
+SLOW = ("worker",)
+
 #: One input may take so long, on a machine that is busy with other things.
 TIMEOUT_S = 30
 
@@ -105,9 +108,10 @@ def one(name: str, folder: str, options: list[str]) -> None:
 
 
 class Reached:
-    """Counts which steps from line to line an input makes that none before it made as often."""
+    """Counts which steps from line to line an input makes that none before it made (as `often`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, often: bool) -> None:
+        self._often = often
         self._known: set[tuple[CodeType, int, int, int]] = set()
         self._steps: Counter[tuple[CodeType, int, int]] = Counter()
 
@@ -119,7 +123,8 @@ class Reached:
             targets.load(name).run(data)
         finally:
             sys.settrace(None)
-        self._known.update((*step, count.bit_length()) for step, count in self._steps.items())
+        for step, count in self._steps.items():
+            self._known.add((*step, count.bit_length() if self._often else 1))
         return len(self._known) - before
 
     def _enter(self, frame: FrameType, _event: str, _: object) -> Any:
@@ -142,7 +147,7 @@ def keep(name: str) -> None:
     seeds = set(targets.load(name).seeds())
     found = {path.read_bytes() for path in (FOUND / name).glob("*")}
     found |= set(corpus(name))
-    reached = Reached()
+    reached = Reached(often=name not in SLOW)
     for data in sorted(seeds, key=len):
         reached.adds(name, data)
     kept = [
