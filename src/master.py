@@ -141,7 +141,6 @@ class _SavedGuest(msgspec.Struct, array_like=True, kw_only=True):
 class _State(msgspec.Struct, array_like=True, kw_only=True):
     """All that the next program goes on with."""
 
-    version: int
     guests: list[_SavedGuest]
     modes: list[int | list[bytes | int]] | None
     status_at: Kept | None
@@ -536,7 +535,9 @@ def serve(daemon: Daemon, *, run: Run = worker.run) -> int:
     0: stopped or done. 1: a guest was lost for good. Raises ConfigError, with nothing left behind,
     when a socket or another endpoint cannot be had.
     """
-    if succession.on_trial():
+    tried = succession.on_trial()
+    if tried is not None:
+        _decode(tried)
         if daemon.user is not None:
             privileges.confine_master(look_up(daemon.user))
         _check_certificates(daemon)
@@ -549,11 +550,19 @@ def serve(daemon: Daemon, *, run: Run = worker.run) -> int:
     if handed is None:
         passed, before = _stored(passed)
     else:
-        before = msgspec.msgpack.decode(handed, type=_State)
+        before = _decode(handed)
         for fd in before.fds():
             os.set_inheritable(fd, False)
     with ExitStack() as undo:
         return _Master(daemon, run, undo, passed, before).serve()
+
+
+def _decode(handed: bytes) -> _State:
+    """Return the state of an earlier program; raises ConfigError when it is another program's."""
+    try:
+        return msgspec.msgpack.decode(handed, type=_State)
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"this program cannot go on from the one that runs: {error}") from error
 
 
 def _stored(passed: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], _State | None]:
@@ -580,7 +589,6 @@ def _stored(passed: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], _Stat
         return others, None
     others = [(name, fd) for name, fd in passed if not store.is_ours(name)]
     return others, _State(
-        version=succession.VERSION,
         guests=guests,
         modes=None,
         status_at=None,
@@ -809,6 +817,7 @@ class _Master:
                 guest.keep()  # for the next process, to which systemd gives all of it
             else:
                 guest.close_doors()
+                self._put(guest)
 
     def _take_signals(self) -> None:
         numbers = set(os.read(self._signals, _PIPE_READ))
@@ -837,7 +846,7 @@ class _Master:
             return
         systemd.notify(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
-            self._trial = succession.trial()
+            self._trial = succession.trial(self._state([]))
         except OSError as error:
             _log.error("nothing is reloaded: %s", error)
             self._ready()
@@ -860,21 +869,24 @@ class _Master:
         _log.error("nothing is reloaded: the command line would fail (%s)", _cause(status))
         self._ready()
 
+    def _state(self, visitors: list[monitor.Visitor]) -> _State:
+        """Return all that the next program goes on with."""
+        return _State(
+            guests=[each for guest in self._guests if (each := guest.save()) is not None],
+            modes=None if self._terminal is None else self._terminal.saved,
+            status_at=self._status_at,
+            visitors=visitors,
+            gateways=self._gateway.kept,
+            store=None if self._store is None else self._store.save(),
+        )
+
     def _hand_over(self) -> None:
         """Have this program begin anew in its place; return only if that cannot be."""
         self._over = False
         if self._stopping:
             return
-        saved = [each for guest in self._guests if (each := guest.save()) is not None]
-        state = _State(
-            version=succession.VERSION,
-            guests=saved,
-            modes=None if self._terminal is None else self._terminal.saved,
-            status_at=self._status_at,
-            visitors=[] if self._monitor is None else self._monitor.hand_over(),
-            gateways=self._gateway.kept,
-            store=None if self._store is None else self._store.save(),
-        )
+        visitors = [] if self._monitor is None else self._monitor.hand_over()
+        state = self._state(visitors)
         # What comes until the next program has handlers waits for them.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         _log.info("begins anew")

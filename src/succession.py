@@ -5,7 +5,7 @@ every descriptor keeps its number. A program that was ended and is started again
 same descriptors from the fd store, and gives them the numbers that they had.
 
 Before that, the same command line is tried in a process of its own: a configuration that cannot be
-read, or a program that does not start, changes nothing.
+read, or a program that does not start or understand what it would be handed, changes nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ from collections.abc import Iterable
 
 import msgspec
 
-#: Of what is handed over; a program that knows another one refuses to take over.
-VERSION = 1
-
 _TRIAL = "VHOST_DEVICE_CONSOLE_TRIAL"
 _HANDED_OVER = "VHOST_DEVICE_CONSOLE_STATE"
 
@@ -29,31 +26,47 @@ _HANDED_OVER = "VHOST_DEVICE_CONSOLE_STATE"
 TRIAL_WITHIN = 30.0
 
 
-def on_trial() -> bool:
-    """Say whether this process is only to find out whether it could take over.
+def on_trial() -> bytes | None:
+    """Return what this process would be handed if it took over, as it is only to find out.
 
-    Raises ValueError when it would not understand what it is handed.
+    None when it is no trial.
     """
-    version = os.environ.get(_TRIAL)
-    if version is None:
-        return False
-    if version != str(VERSION):
-        raise ValueError(f"it hands over version {version}, this program knows version {VERSION}")
-    return True
+    number = os.environ.get(_TRIAL)
+    if number is None:
+        return None
+    with open(int(number), "rb", closefd=False) as file:
+        file.seek(0)
+        return file.read()
 
 
 def _command() -> list[str]:
     return [sys.executable, *sys.orig_argv[1:]]
 
 
-def trial() -> subprocess.Popen[bytes]:
-    """Start a trial of this program and its configuration; its exit status says how it went."""
-    return subprocess.Popen(
-        _command(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, _TRIAL: str(VERSION)},
-    )
+def trial(state: msgspec.Struct) -> subprocess.Popen[bytes]:
+    """Start a trial of this program, its configuration and `state`; its exit status tells.
+
+    Raises OSError when it cannot be started.
+    """
+    file = _file_of(state)
+    try:
+        return subprocess.Popen(
+            _command(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, _TRIAL: str(file)},
+            pass_fds=[file],
+        )
+    finally:
+        os.close(file)
+
+
+def _file_of(state: msgspec.Struct) -> int:
+    file = os.memfd_create("state", 0)
+    with open(file, "wb", closefd=False) as whole:
+        whole.write(msgspec.msgpack.encode(state))
+    os.lseek(file, 0, os.SEEK_SET)
+    return file
 
 
 def hand_over(state: msgspec.Struct, fds: Iterable[int]) -> None:
@@ -62,11 +75,8 @@ def hand_over(state: msgspec.Struct, fds: Iterable[int]) -> None:
     Raises OSError when that cannot be done, with everything as it was.
     """
     kept = [*fds]
-    file = os.memfd_create("state", 0)
+    file = _file_of(state)
     try:
-        with open(file, "wb", closefd=False) as whole:
-            whole.write(msgspec.msgpack.encode(state))
-        os.lseek(file, 0, os.SEEK_SET)
         for fd in kept:
             os.set_inheritable(fd, True)
         command = _command()

@@ -168,3 +168,19 @@ def test_a_worker_stays_whose_snapshot_the_new_program_does_not_know(daemon: Sta
         served.expect_log("c.sock0 keeps its worker: this program cannot go on from what")
         converse(console, peer)
         assert served.workers() == before
+
+
+def test_a_program_that_does_not_understand_this_one_changes_nothing(daemon: StartDaemon) -> None:
+    code = (
+        "import os, msgspec\n"
+        "from vhost_device_console import cli, master\n"
+        'if "VHOST_DEVICE_CONSOLE_TRIAL" in os.environ:\n'
+        "    master._State = msgspec.defstruct('Other', [(f'f{n}', int) for n in range(20)])\n"
+        "cli.main()\n"
+    )
+    served = daemon("network", 1, program=[sys.executable, "-c", code])
+    before = served.workers()
+    served.signal(signal.SIGHUP)
+    served.expect_log("this program cannot go on from the one that runs")
+    served.expect_log("nothing is reloaded")
+    assert served.workers() == before

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from scene import boot, converse
 
-from launch import WITHIN, environment
+from launch import WITHIN, environment, until
 
 
 class Keeper:
@@ -33,11 +33,12 @@ class Keeper:
         self.sockets = [str(folder / "c.sock0")]
         self.data = [str(folder / "c.sock0.data")]
 
-    def start(self) -> None:
+    def start(self, count: int = 1) -> None:
         """Start the daemon with all that is kept, and wait until it is ready."""
         names = [*self.kept]
         self.ready.clear()
-        command = [sys.executable, "-m", "vhost_device_console", "-s", str(self.folder / "c.sock")]
+        command = [sys.executable, "-m", "vhost_device_console", "-b", "unix"]
+        options = ["-s", str(self.folder / "c.sock"), "-c", str(count)]
         script = (
             "import os, sys; fds = eval(sys.argv[1])\n"
             "import fcntl\n"
@@ -49,7 +50,7 @@ class Keeper:
             "os.execv(sys.argv[2], sys.argv[2:])\n"
         )
         self.process = subprocess.Popen(
-            [sys.executable, "-c", script, repr([*self.kept.values()]), *command, "-b", "unix"],
+            [sys.executable, "-c", script, repr([*self.kept.values()]), *command, *options],
             env={
                 **environment(self.folder),
                 "NOTIFY_SOCKET": self.path,
@@ -122,3 +123,14 @@ def test_a_session_goes_on(keeper: Keeper, number: int) -> None:
             keeper.end(number)
             keeper.start()
             converse(console, peer)
+
+
+def test_a_guest_that_is_over_is_kept_no_more(keeper: Keeper) -> None:
+    keeper.start()
+    one = len(keeper.kept)
+    keeper.end(signal.SIGTERM)
+    keeper.start(count=2)
+    assert len(keeper.kept) > one
+    keeper.end(signal.SIGTERM)
+    keeper.start(count=1)
+    until(lambda: len(keeper.kept) == one, "all of the other guest is still kept")
