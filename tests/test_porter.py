@@ -35,7 +35,9 @@ class Scene:
 
     def __init__(self, selector: selectors.BaseSelector, frontend: socket.socket, end: int) -> None:
         self.selector = selector
-        self.porter = Porter("test", cast(Endpoints, _Endpoints(end)), selector, Alarms())
+        self.porter = Porter(
+            "test", cast(Endpoints, _Endpoints(end)), selector, Alarms(), lambda: None
+        )
         self.line, self.worker = self.begin()
         assert isinstance(self.order(), FrontendCame)
         fd = os.eventfd(0)

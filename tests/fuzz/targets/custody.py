@@ -82,7 +82,9 @@ def run(data: bytes) -> None:
     source = Source(data)
     frontend, theirs = socket.socketpair()
     with selectors.DefaultSelector() as selector:
-        porter = Porter("fuzz", cast(Endpoints, _Endpoints(theirs.fileno())), selector, Alarms())
+        porter = Porter(
+            "fuzz", cast(Endpoints, _Endpoints(theirs.fileno())), selector, Alarms(), lambda: None
+        )
         try:
             while source:
                 _worker(porter, selector, frontend, source)
