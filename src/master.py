@@ -188,6 +188,7 @@ class _Guest:
         self.sizes: dict[int, custody.Resize] = {}
         self.supervisor = Supervisor(now)
         self.crashes = 0
+        self.died = ""  # why the last worker did that fell
         self.added: set[int] = set()
         self.leaving = False
         self.kept = False
@@ -1090,7 +1091,8 @@ class _Master:
         if code == 0 or guest.supervisor.state is State.STOPPING:
             self._step(guest, Event.DONE)
             return
-        _log.error("%s: its worker died: %s", guest.guest.name, _cause(code))
+        guest.died = _cause(code)
+        _log.error("%s: its worker died: %s", guest.guest.name, guest.died)
         self._look_into(guest, code)
         self._step(guest, Event.DIED)
 
@@ -1179,6 +1181,7 @@ class _Master:
             frontend=total.frontend,
             uptime=round(now - guest.supervisor.started, 3) if alive else None,
             restarts=max(0, guest.supervisor.restarts),
+            died=guest.died or None,
             rss=rss,
             cpu=cpu,
             sessions=total.sessions,

@@ -115,7 +115,7 @@ class GuestStatus(msgspec.Struct, kw_only=True):
     `daemon` and `worker` are process ids. `uptime` is the worker's age in seconds, `rss` its
     resident bytes, `cpu` its share of one processor in percent since it was last asked, all None
     when there is no worker. `frontend` and what follows it are as in `health.Health`, the counters
-    over all workers so far.
+    over all workers so far. `died` says why the last worker fell, None while none did.
     """
 
     name: str
@@ -137,6 +137,7 @@ class GuestStatus(msgspec.Struct, kw_only=True):
     ignored: int
     max_ports: int
     privileges: Privileges | None = None
+    died: str | None = None
     ports: list[PortStatus]
 
 

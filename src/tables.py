@@ -80,6 +80,8 @@ def _notes(guest: GuestStatus) -> list[str]:
         (guest.restarts, "restart"),
     )
     notes = [f"{count} {what}{'s' * (count != 1)}" for count, what in counts if count]
+    if guest.died is not None:
+        notes.append(f"last one died: {clean(guest.died)}")
     if (has := guest.privileges) is not None:
         notes += ["no Landlock"] * (not has.landlock) + ["no seccomp"] * (not has.seccomp)
     return notes

@@ -219,6 +219,7 @@ def test_a_killed_worker_is_replaced_and_the_log_says_why(
         "no successor",
     )
     assert after["worker"] not in (None, before)
+    assert re.fullmatch(cause, after["died"])
 
 
 def test_the_death_of_one_worker_does_not_touch_another(start: StartDaemon) -> None:

@@ -160,7 +160,7 @@ def test_a_status_is_one_line_of_json(desk: Desk) -> None:
         b'{"type":"status","version":"1","guests":[{"name":"c.sock0","socket":"/tmp/c.sock0",'
         b'"state":"running","daemon":1,"worker":2,"frontend":3,"uptime":1.5,"restarts":0,'
         b'"rss":4096,"cpu":0.5,"sessions":1,"kicks":2,"calls":3,"chains":4,"refused":5,"broken":6,'
-        b'"ignored":7,"max_ports":8,"privileges":null,"ports":[{"id":0,"name":"console0",'
+        b'"ignored":7,"max_ports":8,"privileges":null,"died":null,"ports":[{"id":0,"name":"console0",'
         b'"endpoint":"127.0.0.1:12345","console":true,"overflow":"drop","state":"ready",'
         b'"open":true,"host_open":true,"held":false,"readers":1,"output":2,"input":3,"missed":4,'
         b'"discarded":5,"stalls":6,"columns":80,"rows":24,"size_by":"resize",'

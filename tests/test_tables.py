@@ -97,6 +97,7 @@ def test_without_a_worker_there_is_no_load() -> None:
         ({"refused": 3}, "3 refused messages"),
         ({"ignored": 4}, "4 ignored control messages"),
         ({"restarts": 5}, "5 restarts"),
+        ({"restarts": 1, "died": "SIGKILL"}, "1 restart, last one died: SIGKILL"),
         ({"refused": 1, "restarts": 1}, "1 refused message, 1 restart"),
     ],
 )
