@@ -12,7 +12,7 @@ the last read can be unknown: TCP tells those, and a read says beforehand where 
 record is twelve words (u64, native byte order), of which the data path stores one at a time:
 
 - who: 0 for nobody, 1 for who came to the endpoint, else the master's key and 2
-- which halves have ended: 1 the input, 2 the output; and the offset at which it joined
+- what became of it: 1 its input has ended, 2 its output, 4 it is stuck; the offset it joined at
 - bytes written to it, bytes read from it
 - which of two states counts: each says that the client is at that offset of the output once it has
   so many bytes, and how large the gap before it is, whose notice are the bytes before that, if any.
@@ -49,12 +49,12 @@ _BURST = 1 << 22
 _MOST_CLIENTS = 256
 
 #: A record's words, and their number.
-_KEY, _ENDED, _JOINED, _WRITTEN, _READ, _WHICH, _STATES = range(7)
+_KEY, _BECAME, _JOINED, _WRITTEN, _READ, _WHICH, _STATES = range(7)
 _STATE_WORDS = 3
 _RECORD_WORDS = _STATES + 2 * _STATE_WORDS
 
-#: What has ended.
-_INPUT, _OUTPUT = 1, 2
+#: What became of a client.
+_INPUT, _OUTPUT, _STUCK = 1, 2, 4
 
 #: The record of nobody, of who came to the endpoint, and of the first key.
 _NOBODY, _CAME, _FIRST_KEY = range(3)
@@ -135,7 +135,7 @@ class _Seat:
         record = self.record
         self.written = self.client.total_written() or 0
         self.read = self.client.total_read() or 0
-        record[_ENDED] = 0
+        record[_BECAME] = 0
         record[_JOINED] = watcher.joined
         record[_WRITTEN], record[_READ] = self.written, self.read
         record[_WHICH] = 0
@@ -153,10 +153,12 @@ class _Seat:
         offset, self.start, self.lost = record[at : at + _STATE_WORDS]
         if self.lost and self.written < self.start:
             self.notice = gap(self.lost)[self.written - self.start :]
-        self.typing = not record[_ENDED] & _INPUT
-        if not record[_ENDED] & _OUTPUT:
+        self.typing = not record[_BECAME] & _INPUT
+        if not record[_BECAME] & _OUTPUT:
             since = max(0, self.written - self.start)
-            self._watch(port.go_on(offset + since, record[_JOINED]))
+            watcher = port.go_on(offset + since, record[_JOINED])
+            watcher.stuck = bool(record[_BECAME] & _STUCK)
+            self._watch(watcher)
 
     def _watch(self, watcher: Watcher) -> None:
         self.watcher = watcher
@@ -485,7 +487,7 @@ class Audience:
         if not seat.typing:
             return
         seat.typing = False
-        seat.record[_ENDED] |= _INPUT
+        seat.record[_BECAME] |= _INPUT
         if seat.polled:
             self._poller.forget(seat.client.reads)
         if seat.watcher is None:
@@ -619,6 +621,8 @@ class Audience:
                 return self._block(seat, took)
         if not watcher.pending:
             seat.behind = False
+            if seat.record[_BECAME] & _STUCK:
+                seat.record[_BECAME] &= ~_STUCK
         return took
 
     @staticmethod
@@ -641,7 +645,7 @@ class Audience:
         undelivered = seat.client.end_output()
         # A notice of ours among them is none of the guest's bytes.
         self._port.detach(seat.watcher, seat.without_notice(undelivered))
-        seat.record[_ENDED] |= _OUTPUT
+        seat.record[_BECAME] |= _OUTPUT
         seat.watcher.jumped = None
         seat.watcher = None
         if not seat.typing:
@@ -680,7 +684,11 @@ class Audience:
             self._stall.start(self._stall_s)
 
     def _stalled(self) -> None:
+        holder = self._port.holder
         self._port.stall()
+        for seat in self._seats:
+            if seat.watcher and seat.watcher is holder:  # for which no successor waits again
+                seat.record[_BECAME] |= _STUCK
         self._changed()
 
     # The guest moves

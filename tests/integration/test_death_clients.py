@@ -98,6 +98,7 @@ def test_clients_that_come_and_go_meanwhile_get_every_byte_once(tcp: Daemon) -> 
                 others.pop(0).close()
             console.write(numbered(8000, at))
         reader.join()
+        wait_port(tcp, readers=1 + len(others))  # else they may join behind the end
         console.write(b"the end\n")
         for other in others:
             in_step(to_the_end(other, b"the end\n")[: -len(b"the end\n")] + b"\n")
@@ -105,10 +106,10 @@ def test_clients_that_come_and_go_meanwhile_get_every_byte_once(tcp: Daemon) -> 
 
 
 def test_one_who_never_reads_finds_gaps_that_add_up(tcp: Daemon) -> None:
-    """The guest waits for it once more after each death, but not for ever."""
+    """Nor does any successor's guest wait for it again."""
     total = 6 << 20
     with attach(tcp, receive_buffer=4096) as peer, boot(tcp) as console:
-        with killing(tcp, pause=0.5):
+        with killing(tcp, pause=0.3):
             for at in range(0, total, 1 << 16):
                 console.write(numbered(1 << 16, at))
         console.write(b"the end\n")

@@ -977,6 +977,20 @@ def test_a_gap_after_a_death_is_counted(hall: Hall) -> None:
     assert hall.port.missed == 2 * SIZE
 
 
+def test_a_successor_does_not_wait_for_one_that_was_stuck_until_it_has_caught_up(
+    hall: Hall,
+) -> None:
+    user = hall.join()
+    hold(hall)
+    hall.poller.fire()
+    hall.succeed()
+    assert hall.port.holder is None
+    hall.read(user)
+    assert hall.port.holder is not None
+    hall.succeed()
+    assert hall.port.holder is not None
+
+
 def test_the_fixed_size_stays(hall: Hall) -> None:
     hall.audience.fix_size(200, 50)
     assert hall.audience.unsettled
