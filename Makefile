@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SCRIPTS := contrib/environment contrib/demo contrib/guest/fetch
 
-.PHONY: help demo test test-compiled check fuzz bench dist clean format
+.PHONY: help demo test test-compiled check fuzz soak bench dist clean format
 
 help:
 	@echo 'make demo    boot a Linux guest with its console on this terminal (Ctrl-] q leaves)'
@@ -13,6 +13,7 @@ help:
 	@echo 'make check   format, lint, types and import contracts'
 	@echo 'make format  put the code in the format that check wants'
 	@echo 'make fuzz    look for inputs that break it, FUZZ_SECONDS (20) for each target'
+	@echo 'make soak    50 guests and all that may happen to them, for SOAK_MINUTES (30)'
 	@echo 'make bench   measure, beside the Rust vhost-device-console where it can be had'
 	@echo 'make dist    build the packages, install the wheel and try it'
 	@echo 'make clean   remove what was built; .venv and fetched guests too'
@@ -48,6 +49,10 @@ format:
 fuzz:
 	@$(PYTHON) contrib/environment fuzz
 	@$(BIN)/python tests/fuzz/fuzz.py
+
+soak:
+	@$(PYTHON) contrib/environment --compiled bench
+	@build/compiled/bin/python tests/soak/soak.py
 
 bench:
 	@$(PYTHON) contrib/environment --compiled bench
