@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import signal
 import socket
 import sys
 import threading
@@ -21,6 +22,7 @@ import pytest
 import vhost_device_console
 from scene import assert_same, call, noise
 from vhost_device_console import core, monitor
+from vhost_device_console.errors import ConsoleError
 from vhost_device_console.testing import (
     DRIVER_FEATURES,
     ConsoleDriver,
@@ -29,13 +31,13 @@ from vhost_device_console.testing import (
 )
 from vhost_device_console.testing.features import Feature
 
-from launch import Daemon
+from launch import Daemon, until
 
 #: Seconds for one step of a session, with all the deaths in it.
 STEP = 200.0
 
 #: Sessions, at most, until there is one without a death.
-SESSIONS = 8
+SESSIONS = 8 if os.environ.get("VDC_EXAMPLES") else 3
 
 #: Whoever executes a line for the so manieth time dies there.
 TIMES = (1, 5, 50) if os.environ.get("VDC_EXAMPLES") else (1,)
@@ -101,7 +103,7 @@ WHERE = {
 class Sweep:
     """A daemon whose workers die in the files `where`, and somebody who is at its port all along.
 
-    `sent` and `typed` are all that went to people and to the guest.
+    Its log begins another file all the time.
     """
 
     def __init__(self, start: Callable[..., Daemon], folder: Path, where: str) -> None:
@@ -123,12 +125,29 @@ class Sweep:
                 1,
                 "--packed",
                 "--no-sandbox",
+                *("--log-file", str(folder / "out"), "--log-max-bytes", "16384"),
+                *("--log-keep", "99"),
                 program=[sys.executable, "-c", program],
                 stderr=log,
             )
 
+    def logged(self) -> bytes:
+        """Return what is in the log's files, oldest first."""
+        names = [f"out0.{number}" for number in range(99, 0, -1)]
+        paths = [self.log.with_name(name) for name in [*names, "out0"]]
+        return b"".join(path.read_bytes() for path in paths if path.exists())
+
     def deaths(self) -> int:
         return sum(count >= time for count in self.counts[LINES:] for time in TIMES)
+
+    def reload(self) -> None:
+        """Have the daemon begin anew, once it has all its workers."""
+        self.daemon.signal(signal.SIGHUP)
+        until(
+            lambda: self.log.read_bytes().count(b"begins anew") == self.sessions,
+            "it did not begin anew",
+            STEP,
+        )
 
     def kill(self, on: bool) -> None:
         self.counts[0] = on
@@ -145,8 +164,17 @@ def receive(peer: socket.socket, count: int) -> bytes:
     return bytes(data)
 
 
+def resized(it: Sweep, size: tuple[int, int]) -> bool:
+    """Set the console's size, unless its worker has just died."""
+    try:
+        monitor.change(it.daemon.monitor, monitor.Resize("c.sock0", "0", *size))
+    except ConsoleError:
+        return False
+    return True
+
+
 def session(it: Sweep, peer: socket.socket, features: Feature) -> None:
-    """Have a guest boot, write, read, be resized, stop, go on, and leave."""
+    """Have a guest boot, write, read, see a reload, be resized, stop, go on, and leave."""
     it.sessions += 1
     out, in_ = noise(60_000), noise(40_000)
     with (
@@ -181,8 +209,12 @@ def session(it: Sweep, peer: socket.socket, features: Feature) -> None:
             console.write(b"for both")
             assert receive(peer, 8) == receive(other, 8) == b"for both"
 
+        it.reload()
+        console.write(b"new")
+        assert receive(peer, 3) == b"new"
+
         size = (80 + it.sessions, 24)
-        monitor.change(it.daemon.monitor, monitor.Resize("c.sock0", "0", *size))
+        until(lambda: resized(it, size), "there never is a worker to be told")
         console.wait_until(lambda: console.port.size == size, f"a size of {size}")
 
         frontend.disable(0)
@@ -226,5 +258,8 @@ def test_a_session_goes_on_wherever_a_worker_dies(
                 break
         it.kill(False)
         session(it, peer, DRIVER_FEATURES | format_)
-    restarts = it.daemon.status()[0]["restarts"]
-    assert 150 < it.deaths() == restarts
+    wrote = it.sessions * (noise(60_000) + b"for bothnewonce more")
+    until(lambda: len(it.logged()) >= len(wrote), "not all is logged")
+    assert_same(it.logged(), wrote)
+    # Those told to leave for a successor have one anyway.
+    assert 150 < it.log.read_bytes().count(b"its worker died: SIGKILL") <= it.deaths()
