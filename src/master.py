@@ -571,23 +571,17 @@ def _stored(passed: list[tuple[str, int]]) -> tuple[list[tuple[str, int]], _Stat
     names = [name for name, _ in passed]
     try:
         found = store.Found(passed)
-        if not found.states:
+        guests = [
+            msgspec.msgpack.decode(state, type=_SavedGuest) for state in found.states.values()
+        ]
+        if not guests:
             return passed, None
         fds = succession.settle([fd for _, fd in passed], found.numbers)
         passed = [*zip(names, fds, strict=True)]
         saved = store.Found(passed).saved()
-        guests = [
-            msgspec.msgpack.decode(state, type=_SavedGuest) for state in found.states.values()
-        ]
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         _log.error("what systemd kept cannot be gone on with: %s", error)
-        others = []
-        for name, fd in passed:
-            if store.is_ours(name):
-                os.close(fd)
-            else:
-                others.append((name, fd))
-        return others, None
+        return store.forget(passed), None
     others = [(name, fd) for name, fd in passed if not store.is_ours(name)]
     return others, _State(
         guests=guests,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import socket
+import stat
 from collections.abc import Iterable
 
 import msgspec
@@ -150,6 +152,32 @@ _HALF = 1 << 26
 def is_ours(name: str) -> bool:
     """Say whether a descriptor of that name is a store's."""
     return name.startswith(_OURS)
+
+
+def forget(fds: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Have nothing of a store be kept any more; return what is of use all the same.
+
+    That is what is no store's, and listeners: nobody could make them anew while they are open.
+    """
+    left = []
+    for name, fd in fds:
+        if is_ours(name):
+            systemd.remove(name)
+        if not is_ours(name) or _listens(fd):
+            left.append((name, fd))
+        else:
+            os.close(fd)
+    return left
+
+
+def _listens(fd: int) -> bool:
+    if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+        return False
+    borrowed = socket.socket(fileno=fd)
+    try:
+        return bool(borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
+    finally:
+        borrowed.detach()
 
 
 class Found:

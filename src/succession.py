@@ -10,7 +10,6 @@ read, or a program that does not start or understand what it would be handed, ch
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import subprocess
@@ -100,12 +99,10 @@ def settle(found: list[int], numbers: Iterable[tuple[int, int]]) -> list[int]:
     """Give descriptors the numbers that they had; return those in `found`, as they are then.
 
     `numbers` are pairs of a descriptor in `found` and the number that the same file had. What is
-    in `found` is moved out of the way. Raises OSError when a number is taken by something else.
+    in `found` is moved out of the way, and whatever else has such a number gives way: this program
+    has just begun, so it is somebody's who started it.
     """
     pairs = [*numbers]
-    for _, number in pairs:
-        if number not in found and _is_open(number):
-            raise OSError(errno.EBUSY, f"descriptor {number} is taken")
     above = max([*found, *(number for _, number in pairs)], default=0) + 1
     moved = {fd: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in found}
     for fd in found:
@@ -113,11 +110,3 @@ def settle(found: list[int], numbers: Iterable[tuple[int, int]]) -> list[int]:
     for fd, number in pairs:
         os.dup2(moved[fd], number, inheritable=False)
     return [moved[fd] for fd in found]
-
-
-def _is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True

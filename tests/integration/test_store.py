@@ -134,3 +134,15 @@ def test_a_guest_that_is_over_is_kept_no_more(keeper: Keeper) -> None:
     keeper.end(signal.SIGTERM)
     keeper.start(count=1)
     until(lambda: len(keeper.kept) == one, "all of the other guest is still kept")
+
+
+def test_what_does_not_make_sense_is_forgotten_and_the_daemon_starts(keeper: Keeper) -> None:
+    keeper.start()
+    keeper.end(signal.SIGTERM)
+    for name, fd in keeper.kept.items():
+        if "state" in name:
+            os.pwrite(fd, b"\xc1" * 64, (1 << 26) + 8)
+            os.pwrite(fd, b"\xc1" * 64, (1 << 27) + 8)
+    keeper.start()
+    with boot(keeper) as console:
+        console.write(b"served")
