@@ -47,13 +47,17 @@ def measure(pid: int) -> list[int]:
 
 @dataclass
 class Sample:
-    """One moment: the master, and all workers (`counted` of them) together."""
+    """One moment: the master, and all workers together, of which `counted` were found.
+
+    `connected` guests had a frontend, `bytes` had been checked until then.
+    """
 
     at: float
     master: list[int] = field(default_factory=list)
     workers: list[int] = field(default_factory=lambda: [0, 0, 0])
     counted: int = 0
     bytes: int = 0
+    connected: int = 0
 
 
 @dataclass
@@ -106,19 +110,28 @@ class Life:
 
     def lines(self) -> dict[str, Line]:
         """Return a line for everything that may not grow; none of a run that was too short."""
-        half = [
-            sample
-            for sample in self.samples
-            if sample.at >= self.seconds / 2 and sample.counted == self.guests
-        ]
+        half = [sample for sample in self.whole() if sample.at >= self.seconds / 2]
         if len(half) < 4:
             return {}
         times = [sample.at for sample in half]
         return {
-            f"{who}, {what}": fit(times, [float(getattr(sample, name)[index]) for sample in half])
-            for name, who in (("master", "master"), ("workers", "all workers"))
+            f"{who}, {what}": fit(times, [values(sample)[index] for sample in half])
+            for who, values in (("master", self.of_master), ("all workers", self.of_workers))
             for index, what in enumerate(WHAT)
         }
+
+    def whole(self) -> list[Sample]:
+        """Return the samples with nearly all workers and frontends; some are always just gone."""
+        nearly = 0.8 * self.guests
+        return [each for each in self.samples if min(each.counted, each.connected) >= nearly]
+
+    def of_master(self, sample: Sample) -> list[float]:
+        """Return what the master had."""
+        return [float(value) for value in sample.master]
+
+    def of_workers(self, sample: Sample) -> list[float]:
+        """Return what all workers had; those that were not found as much as the others."""
+        return [value * self.guests / sample.counted for value in sample.workers]
 
     def judge(self) -> list[str]:
         """Return what was not as promised."""
@@ -229,11 +242,12 @@ def draw(life: Life) -> Figure:
     """Draw memory and descriptors over time, and how long each killed worker was missed."""
     figure = Figure(figsize=(8, 9), layout="constrained", facecolor="white")
     memory, files, missed = figure.subplots(3, sharex=True)
-    samples = [sample for sample in life.samples if sample.counted == life.guests]
+    samples = life.whole()
     minutes = [sample.at / 60 for sample in samples]
-    for name, color in (("workers", "#0b5fa5"), ("master", "#c2410c")):
+    both = (("workers", life.of_workers, "#0b5fa5"), ("master", life.of_master, "#c2410c"))
+    for name, measured, color in both:
         for index, form in enumerate(("--", "-", "-")):
-            values = [getattr(sample, name)[index] for sample in samples]
+            values = [measured(sample)[index] for sample in samples]
             if index == 2:
                 files.plot(minutes, values, form, color=color, label=name)
             else:
@@ -280,7 +294,14 @@ def write(life: Life, failures: list[str], folder: Path) -> None:
         "reloads": [round(at, 1) for at in life.reloads],
         "full": [round(at, 1) for at in life.full],
         "samples": [
-            [round(sample.at, 1), sample.master, sample.workers, sample.counted, sample.bytes]
+            [
+                round(sample.at, 1),
+                sample.master,
+                sample.workers,
+                sample.counted,
+                sample.bytes,
+                sample.connected,
+            ]
             for sample in life.samples
         ],
     }

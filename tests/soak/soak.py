@@ -303,8 +303,8 @@ class Soak:
 
     def sample(self) -> None:
         """Note memory and descriptors of all processes of the daemon."""
-        self.status()
-        sample = Sample(at=time.monotonic() - self.begun)
+        connected = sum(guest["frontend"] is not None for guest in self.status())
+        sample = Sample(at=time.monotonic() - self.begun, connected=connected)
         sample.master = report.measure(self.daemon.pid)
         for worker in self.workers:
             with suppress(OSError):
