@@ -7,10 +7,12 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from pid1 import Machine, own_cgroup
@@ -19,6 +21,10 @@ from service import Service, StartService
 from vhost_device_console.testing import ConsoleDriver
 
 from launch import WITHIN, until
+
+#: How often; the documented figures are those of 50 and 20.
+RELOADS = int(os.environ.get("SYSTEMD_RELOADS", "3"))
+RESTARTS = int(os.environ.get("SYSTEMD_RESTARTS", "3"))
 
 #: Seconds within which systemd, or the master, takes for hung who says nothing.
 PATIENCE = 2
@@ -45,21 +51,36 @@ def used(web: Service, index: int = 0) -> Iterator[tuple[ConsoleDriver, socket.s
         yield console, peer
 
 
-def talk_during(console: ConsoleDriver, peer: socket.socket, act: Callable[[], object]) -> int:
-    """Have lines go both ways while `act` goes on; return how many did, each once and in order."""
-    count = 0
+class Talk(NamedTuple):
+    """How many lines went each way, each once and in order, and the longest wait for one."""
+
+    lines: int
+    longest_s: float
+
+
+def talk_during(console: ConsoleDriver, peer: socket.socket, act: Callable[[], object]) -> Talk:
+    """Have lines go both ways while `act` goes on."""
+    lines, longest = 0, 0.0
     with ThreadPoolExecutor(1) as other:
         doing = other.submit(act)
         while not doing.done():
-            line = b"%09d\n" % count
+            line = b"%01000d\n" % lines
+            begun = time.monotonic()
             console.write(line)
             peer.sendall(line)
             assert exactly(peer, len(line)) == line
             assert console.read(len(line)) == line
-            count += 1
+            longest = max(longest, time.monotonic() - begun)
+            lines += 1
         doing.result()
     converse(console, peer)
-    return count
+    return Talk(lines, longest)
+
+
+def report(what: str, talks: Sequence[Talk]) -> None:
+    """Print what docs/promises.md tells."""
+    lines, longest = sum(talk.lines for talk in talks), max(talk.longest_s for talk in talks)
+    print(f"{len(talks)} {what}: {lines} lines of 1 kB each way, the longest wait {longest:.2f} s")
 
 
 # What hangs or dies
@@ -82,9 +103,19 @@ def test_a_worker_that_hangs_holds_up_no_other_guest(watched: Service) -> None:
         def replaced() -> None:
             watched.until(lambda guests: guests[0]["worker"] not in (None, hung), "never replaced")
 
-        assert talk_during(other, friend, replaced)
+        assert talk_during(other, friend, replaced).lines
         assert watched.workers()[1] == well
         converse(console, peer)
+
+
+def test_a_master_that_hangs_is_replaced_and_the_guests_go_on(watched: Service) -> None:
+    with used(watched) as (console, peer):
+        master = watched.pid
+        watched.kill(master, "STOP")
+        watched.machine.wait(watched.name, NRestarts="1", ActiveState="active")
+        converse(console, peer)
+        assert watched.pid != master
+    assert "watchdog" in watched.log().lower()
 
 
 def test_a_service_whose_workers_are_well_is_not_ended(watched: Service) -> None:
@@ -104,6 +135,17 @@ def test_a_killed_worker_is_replaced_and_its_guest_goes_on(web: Service) -> None
         (worker,) = web.workers()
         talk_during(console, peer, lambda: web.kill(worker))
         assert web.workers() != [worker]
+
+
+def test_a_killed_master_is_replaced_and_the_guests_go_on(web: Service) -> None:
+    with used(web) as (console, peer):
+        for count in range(1, 4):
+
+            def crash(count: int = count) -> None:
+                web.kill(web.pid)
+                web.machine.wait(web.name, NRestarts=str(count), ActiveState="active")
+
+            talk_during(console, peer, crash)
 
 
 #: Takes memory as one of the control group argv[1] until process argv[2] has ended.
@@ -171,18 +213,21 @@ def test_the_kernel_would_end_a_worker_before_its_master(web: Service) -> None:
 # What operators do
 
 
+@pytest.mark.timeout(60 + 30 * RELOADS)
 def test_a_reload_keeps_the_master_and_is_noticed_by_nobody(web: Service) -> None:
+    talks = []
     with used(web) as (console, peer):
-        for _ in range(3):
+        for _ in range(RELOADS):
             master, (worker,) = web.pid, web.workers()
 
             def reload(worker: int = worker) -> None:
                 web.systemctl("reload")
                 web.until(lambda guests: guests[0]["worker"] not in (None, worker), "not rolled")
 
-            talk_during(console, peer, reload)
+            talks.append(talk_during(console, peer, reload))
             assert web.pid == master
     assert web.show("NRestarts") == "0"
+    report("reloads", talks)
 
 
 def toml(web: Service, guests: int) -> str:
@@ -234,6 +279,27 @@ def test_a_reload_of_a_configuration_that_makes_no_sense_changes_nothing(
         assert (web.pid, web.workers()) == before
         converse(console, peer)
     assert web.show("ActiveState") == "active"
+
+
+@pytest.mark.timeout(60 + 30 * RESTARTS)
+def test_a_restart_is_noticed_by_nobody(web: Service) -> None:
+    talks = []
+    with used(web) as (console, peer):
+        for _ in range(RESTARTS):
+            master = web.pid
+            web.systemctl("reset-failed")  # or ten in a minute are too many
+            talks.append(talk_during(console, peer, lambda: web.systemctl("restart")))
+            assert web.pid not in (0, master)
+    report("restarts", talks)
+
+
+def test_a_restart_of_one_instance_leaves_the_other_alone(service: StartService) -> None:
+    web, mail = service("web"), service("mail")
+    with used(web) as (console, peer), used(mail) as (other, friend):
+        workers = mail.workers()
+        assert talk_during(other, friend, lambda: web.systemctl("restart")).lines
+        assert mail.workers() == workers
+        converse(console, peer)
 
 
 def test_a_stop_hangs_up_on_frontends_and_people(web: Service) -> None:

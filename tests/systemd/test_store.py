@@ -37,7 +37,6 @@ SERVICE = """
 Type=notify
 ExecStart=/usr/local/bin/store
 FileDescriptorStoreMax=700
-Environment=PYTHONPATH=/opt/lib:/opt/site LD_LIBRARY_PATH=/opt/python/lib
 """
 
 
@@ -61,9 +60,8 @@ class Store:
 def store(machine: Machine) -> Iterator[Store]:
     """Give a store with nothing in it."""
     ours = Path(machine.path("/usr/local/bin/vhost-device-console")).read_text()
-    interpreter = ours.splitlines()[-1].split()[1]
     program = Path(machine.path("/usr/local/bin/store"))
-    program.write_text(f"#!{interpreter}\n{PROGRAM}")
+    program.write_text(ours.splitlines()[0] + PROGRAM)
     program.chmod(0o755)
     machine.write(f"/etc/systemd/system/{UNIT}", SERVICE)
     machine.systemctl("daemon-reload")
