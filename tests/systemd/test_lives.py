@@ -319,3 +319,14 @@ def test_after_a_stop_nothing_of_before_is_left(web: Service) -> None:
     with attach(web) as peer, boot(web) as console:
         console.write(b"of now\n")
         assert exactly(peer, 7) == b"of now\n"
+
+
+def test_a_store_that_is_too_small_costs_connections_and_no_more(service: StartService) -> None:
+    web = service("web", "", "FileDescriptorStoreMax=10")
+    with used(web) as (_, peer):
+        web.systemctl("restart")
+        assert peer.recv(1) == b""
+        assert "what systemd kept cannot be gone on with" in web.log()
+    with used(web):
+        pass
+    assert web.show("NRestarts") == "0"
