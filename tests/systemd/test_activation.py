@@ -44,3 +44,14 @@ def test_a_person_who_connects_starts_the_service(machine: Machine, ports: Ports
         with socket.create_connection(("127.0.0.1", port)) as peer, boot(web) as console:
             converse(console, peer)
     os.unlink(machine.path(f"/etc/systemd/system/{web.socket_unit}.d/test.conf"))
+
+
+def test_a_restart_goes_on_with_systemds_sockets_and_those_connected(machine: Machine) -> None:
+    with Service(machine, "web") as web:
+        machine.systemctl("start", web.socket_unit)
+        with boot(web) as console, attach(web) as peer:
+            for _ in range(2):
+                web.systemctl("restart")
+                converse(console, peer)
+        with boot(web) as console, attach(web) as peer:
+            converse(console, peer)
