@@ -339,10 +339,7 @@ class _Guest:
             raise ConsoleError(f"{columns}x{rows} is no size: nothing fits in it")
         order = custody.Resize(port.id, columns, rows)
         self.tell(order)
-        if columns:
-            self.sizes[port.id] = order
-        else:
-            self.sizes.pop(port.id, None)
+        self.sizes[port.id] = order
 
     def repeat_sizes(self) -> None:
         """Tell a new worker what its predecessors were told."""
