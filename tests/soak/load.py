@@ -487,7 +487,7 @@ class Guest:
         rng = self.random
         share = rng.random()
         if self.kill is not None or share > 0.97:
-            total, chunk = rng.randrange(32 << 10, 128 << 10), rng.choice((1024, 4096, 32768))
+            total, chunk = rng.randrange(32 << 10, 64 << 10), rng.choice((1024, 4096, 32768))
         elif share > 0.75:
             total, chunk = rng.randrange(2 << 10, 16 << 10), rng.choice((256, 4096))
         else:

@@ -25,16 +25,18 @@ import time
 from collections import Counter
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from load import KINDS, Violation, check
+from load import KINDS, Violation
 
+import plots
 import report
 from launch import COMMAND, Daemon, Ports
+from logs import KEPT, Follower
 from report import Life, Sample
 
 HERE = Path(__file__).resolve().parent
@@ -45,7 +47,7 @@ BUILD = ROOT / "build" / "soak"
 PROCESSES = 4
 
 #: Seconds between kills, samples, full disks and reloads, and how long a disk is full.
-KILL_EVERY, SAMPLE_EVERY, FULL_EVERY, RELOAD_EVERY, FULL_FOR = 2.0, 5.0, 40.0, 60.0, 4.0
+KILL_EVERY, SAMPLE_EVERY, FULL_EVERY, RELOAD_EVERY, FULL_FOR = 2.0, 5.0, 40.0, 60.0, 3.0
 
 #: Of one kill in so many it is seen how long its successor takes to report.
 REPORTS_OF = 3
@@ -53,8 +55,6 @@ REPORTS_OF = 3
 #: When a log is rotated; and room for all of them, in bytes.
 LOG_BYTES, DISK = 128 << 10, 96 << 20
 
-#: How many full logs stay.
-KEPT = 5
 
 _CLONE_NEWNS = 0x20000
 
@@ -97,57 +97,6 @@ class Load:
             if pipe is not None:
                 with suppress(BrokenPipeError):
                     pipe.close()
-
-
-class Follower:
-    """A reader of one port's log, through all its files, that checks every byte."""
-
-    def __init__(self, name: str, path: Path, phase: int) -> None:
-        self.name = name
-        self.path = path
-        self.phase = phase
-        self.offset = 0
-        self.rotations = 0
-        self._file: IO[bytes] = path.open("rb", buffering=0)
-
-    def read(self) -> None:
-        """Check what there is; go on to the next file when its worker has."""
-        while True:
-            following = self._following()
-            while data := self._file.read(1 << 18):
-                check(data, self.phase, self.offset, f"log of {self.name}")
-                self.offset += len(data)
-            if following is None:
-                return
-            self._file.close()
-            self._file = following
-            self.rotations += 1
-
-    def _following(self) -> IO[bytes] | None:
-        """Return the file after this one, once something is in it: then this one is finished."""
-        names = [self.path, *(Path(f"{self.path}.{number}") for number in range(1, KEPT + 1))]
-        ours = os.fstat(self._file.fileno())
-        for _ in range(100):
-            with suppress(FileNotFoundError):
-                newer = None
-                for name in names:
-                    if os.path.samestat(name.stat(), ours):
-                        break
-                    newer = name
-                if newer is None:
-                    return None
-                file = newer.open("rb", buffering=0)
-                # They may have changed their names meanwhile.
-                if os.path.samestat(names[names.index(newer) + 1].stat(), ours):
-                    if os.fstat(file.fileno()).st_size:
-                        return file
-                    file.close()
-                    return None
-                file.close()
-        raise Violation(f"log of {self.name}: a file was given up before it was read")
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class Disk:
@@ -285,8 +234,6 @@ class Soak:
                     f"log-max-bytes = {LOG_BYTES}",
                     f"log-keep = {KEPT}",
                 ]
-                if guest["number"] % 2:
-                    lines.append("output-bytes = 262144")
         return "\n".join(lines) + "\n"
 
     # What there is
@@ -532,9 +479,9 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
     if soak is not None:
         failures += soak.life.judge()
-        report.write(soak.life, failures, BUILD)
-        if arguments.keep:
-            report.write(soak.life, failures, ROOT / "docs")
+        for out in (BUILD, ROOT / "docs") if arguments.keep else (BUILD,):
+            report.write(soak.life, failures, out)
+            plots.write(soak.life, out)
     for failure in failures:
         print(f"soak: {failure}")
     print("soak: FAILED" if failures else "soak: every promise was kept")
