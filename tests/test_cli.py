@@ -365,6 +365,7 @@ def test_status_of_a_guest_is_its_ports(folder: Path, daemon: StartDaemon) -> No
     assert [row.split()[:3] for row in rows] == [
         ["c.sock1:0", "console0", served.data[1]],
         ["c.sock1:1", "agent", f"{folder}/a1"],
+        ["c.sock1", "is", "served"],
     ]
 
 

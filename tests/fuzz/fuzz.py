@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import base64
 import gc
+import logging
 import os
 import re
 import subprocess
@@ -162,6 +163,7 @@ def keep(name: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
+    logging.disable(logging.CRITICAL)
     if arguments[:1] == ["--one"]:
         one(arguments[1], arguments[2], arguments[3:])
     parser = argparse.ArgumentParser(description="Fuzz this project.")

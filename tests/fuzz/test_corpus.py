@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,14 @@ import fuzz
 
 #: Loaded before any test: some keep a file open.
 TARGETS = {name: targets.load(name) for name in targets.NAMES}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Have nothing logged of what is fuzzed; other tests look at the log."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ fail otherwise, wait, hand out what is not the guest's, or keep descriptors that
 
 from __future__ import annotations
 
-import logging
 import os
 import selectors
 import socket
@@ -25,8 +24,6 @@ from vhost_device_console.worker import can_resume
 from vhost_device_console.worker.vhost_user import message as wire
 
 _NUMBERS = [0, 1, 2, 3, 4, 5, 100, 1 << 31, (1 << 63) - 1, (1 << 64) - 1, -1, -2, -(1 << 63)]
-
-logging.getLogger("vhost_device_console").setLevel(logging.CRITICAL + 1)
 
 
 def _files() -> list[int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import mmap
 import os
 import signal
@@ -73,8 +72,6 @@ POISON = 0xFB
 ALL = int(fx.PROTOCOL_FEATURES)
 INBAND = int(wire.ProtocolFeature.INBAND_NOTIFICATIONS)
 FEATURES = 1 << 32 | 1 << 30 | 0b111
-
-logging.getLogger("vhost_device_console").setLevel(logging.CRITICAL + 1)
 
 
 class _KilledError(BaseException):
