@@ -98,6 +98,12 @@ class Inherited:
                 return fd
         return None
 
+    def drop(self, fd: int) -> None:
+        """Close the listener at the same address as `fd`: the same one, come twice."""
+        address = _address(fd)
+        if address is not None and (again := self.take(address)) is not None:
+            os.close(again)
+
     def close(self) -> None:
         """Close what nobody took, and say so."""
         while self._listeners:
@@ -254,6 +260,8 @@ class Endpoints:
         for kept in old:
             if kept not in self._all():
                 kept.release()
+            elif inherited is not None:
+                inherited.drop(kept.fd)
 
     def _all(self) -> list[Kept]:
         ports = [endpoint.kept for endpoint in self.ports.values()]

@@ -661,7 +661,7 @@ class _Master:
             _check_cpus(guest)
             endpoints = Endpoints(guest, inherited)
         else:
-            guest, endpoints = _adopt(guest, saved)
+            guest, endpoints = _adopt(guest, inherited, saved)
         undo.callback(endpoints.close)
         try:
             ledger_fd = ledger.create(guest.name) if saved is None else saved.ledger
@@ -1203,7 +1203,7 @@ def _same(port: Port, guest: Guest) -> bool:
     return any((port.id, port.name) == (other.id, other.name) for other in guest.ports)
 
 
-def _adopt(guest: Guest, saved: _SavedGuest) -> tuple[Guest, Endpoints]:
+def _adopt(guest: Guest, inherited: Inherited, saved: _SavedGuest) -> tuple[Guest, Endpoints]:
     """Return a guest as it is to be, with the ports that commands added, and its endpoints.
 
     As it was, where it cannot be as it is to be.
@@ -1216,10 +1216,10 @@ def _adopt(guest: Guest, saved: _SavedGuest) -> tuple[Guest, Endpoints]:
             guest = msgspec.structs.replace(guest, ports=(*guest.ports, port))
     try:
         _check_cpus(guest)
-        return guest, Endpoints(guest, adopted=saved.endpoints)
+        return guest, Endpoints(guest, inherited, saved.endpoints)
     except ConfigError as error:
         _log.error("%s goes on as it was: %s", guest.name, error)
-        return saved.guest, Endpoints(saved.guest, adopted=saved.endpoints)
+        return saved.guest, Endpoints(saved.guest, inherited, saved.endpoints)
 
 
 @contextmanager

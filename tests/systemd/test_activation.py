@@ -55,3 +55,4 @@ def test_a_restart_goes_on_with_systemds_sockets_and_those_connected(machine: Ma
                 converse(console, peer)
         with boot(web) as console, attach(web) as peer:
             converse(console, peer)
+        assert "is no guest's" not in web.log()
