@@ -217,6 +217,9 @@ def text(life: Life, failures: list[str]) -> str:
         f"| a client gets a byte written after it | {_times(served)} |",
         f"| its successor reports ({len(life.reported)} of them) | {_times(life.reported)} |",
         "",
+        "Reports are asked for from outside, by `status` of all guests, so they are seen later than",
+        "they come, during a reload in particular.",
+        "",
         "| in the second half | mean | rise of the fitted line | allowed |",
         "|---|---|---|---|",
     ]
