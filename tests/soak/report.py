@@ -26,8 +26,9 @@ LEAST = {"RSS": 1.0 * MIB, "PSS": 1.0 * MIB, "descriptors": 10.0}
 #: So many standard errors of a slope are scatter.
 ERRORS = 3.0
 
-#: Seconds until 50 and 99 % of killed workers' successors serve.
-TYPICAL, MOST = 0.2, 1.0
+#: Seconds until 50 and 99 % of killed workers' successors serve. A machine that only tests may be
+#: anybody's and busy with anything: there it is enough that nobody hangs.
+TYPICAL, MOST = (2.0, 10.0) if os.environ.get("CI") else (0.2, 1.0)
 
 #: Fewer kills say too little.
 FEWEST_KILLS = 10

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from report import MIB, Life, Sample
+from report import MIB, MOST, TYPICAL, Life, Sample
 
 
 def life(**more: list[float]) -> Life:
@@ -42,10 +42,10 @@ def test_what_grew_in_the_first_half_only_is_a_beginning() -> None:
 
 
 def test_successors_that_come_late_are_named() -> None:
-    (wrong,) = life(times=[0.3] * 20).judge()
-    assert wrong.startswith("50 % of killed workers' successors take up to 0.300 s")
-    (wrong,) = life(times=[0.05] * 90 + [3.0] * 3).judge()
-    assert wrong.startswith("99 % of killed workers' successors take up to 3.000 s")
+    (wrong,) = life(times=[1.5 * TYPICAL] * 20).judge()
+    assert wrong.startswith(f"50 % of killed workers' successors take up to {1.5 * TYPICAL:.3f} s")
+    (wrong,) = life(times=[0.05] * 90 + [3 * MOST] * 3).judge()
+    assert wrong.startswith(f"99 % of killed workers' successors take up to {3 * MOST:.3f} s")
 
 
 def test_a_run_without_kills_shows_nothing() -> None:
