@@ -16,14 +16,13 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from . import custody
+from . import channel, custody
 from .admission import Door
 from .alarms import Alarms
+from .channel import Channel
 from .custody import Commit, FrontendCame, FrontendEvent, FrontendGone, FrontendSaid, Order, Vault
 from .endpoints import Endpoints
 from .errors import FrontendError
-from .worker.vhost_user import channel
-from .worker.vhost_user.channel import Channel
 
 _log = logging.getLogger(__name__)
 

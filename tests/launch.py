@@ -255,6 +255,18 @@ class Daemon:
         )
         return [guest["worker"] for guest in guests]
 
+    def kill_worker(self) -> int:
+        """Kill the first guest's worker, and return its successor's process id once it serves."""
+        before = self.until(lambda guests: guests[0]["state"] == "running", "does not run")[0]
+        os.kill(before["worker"], signal.SIGKILL)
+        after = self.until(
+            lambda guests: (
+                guests[0]["restarts"] > before["restarts"] and guests[0]["state"] == "running"
+            ),
+            "no successor",
+        )[0]
+        return int(after["worker"])
+
     # Its end
 
     def signal(self, number: int) -> None:

@@ -283,12 +283,9 @@ def test_a_signal_in_the_middle_of_the_start_leaves_no_traceback(daemon: StartDa
 
 def test_a_killed_worker_is_replaced(daemon: StartDaemon) -> None:
     served = daemon()
-    os.kill(served.workers()[0], signal.SIGKILL)
+    served.kill_worker()
     served.expect_log("c.sock0: its worker died: SIGKILL")
-    served.until(
-        lambda guests: guests[0]["restarts"] == 1 and guests[0]["state"] == "running",
-        "no successor",
-    )
+    assert served.status()[0]["restarts"] == 1
 
 
 def test_an_inherited_listener_serves_frontends(daemon: StartDaemon, folder: Path) -> None:

@@ -316,7 +316,7 @@ class Guest:
         self._tell(commit, fds)
         self._made.clear()
         self._uncommitted = False
-        self._report.send()
+        self._report.changed()
 
     def commit(self) -> None:
         """Commit, before a guest sees what the device has understood or said."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from scene import assert_same, attach, boot, converse, exactly, noise
@@ -33,24 +30,12 @@ def served(request: pytest.FixtureRequest, daemon: Callable[..., Daemon]) -> Dae
     return daemon(request.param, 1, "--packed", program=PROGRAM)
 
 
-def kill(daemon: Daemon, worker: int) -> int:
-    """Kill a worker and return its successor's process id."""
-    restarts = daemon.status()[0]["restarts"]
-    os.kill(worker, signal.SIGKILL)
-    status: list[dict[str, Any]] = daemon.until(
-        lambda guests: guests[0]["restarts"] > restarts and guests[0]["state"] == "running",
-        "no successor",
-    )
-    return int(status[0]["worker"])
-
-
 @FORMATS
 def test_a_session_goes_on(served: Daemon, features: Feature) -> None:
-    worker = served.workers()[0]
     with attach(served) as peer, boot(served, features=features) as console:
         for _ in range(5):
             converse(console, peer)
-            worker = kill(served, worker)
+            served.kill_worker()
         converse(console, peer)
 
 
@@ -60,7 +45,6 @@ def test_nothing_is_lost_or_doubled_under_load(
 ) -> None:
     """TCP tells how much went out; a unix socket does not, and may get its last write twice."""
     served = daemon("network", 1, "--packed", program=PROGRAM)
-    worker = served.workers()[0]
     data = noise(4 << 20)
     with attach(served) as peer, boot(served, features=features) as console:
         got: list[bytes] = []
@@ -70,7 +54,7 @@ def test_nothing_is_lost_or_doubled_under_load(
         sender.start()
         for at in range(0, len(data), 1 << 18):
             console.write(data[at : at + (1 << 18)])
-            worker = kill(served, worker)
+            served.kill_worker()
         back = console.read(len(data))
         reader.join()
         sender.join()

@@ -13,7 +13,6 @@ import time
 import tty
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import pytest
 from scene import MARKER, assert_same, attach, boot, call, converse, exactly, numbered, wait_port
@@ -38,17 +37,6 @@ def tcp(daemon: StartDaemon) -> Daemon:
     return daemon("network", 1, program=PROGRAM)
 
 
-def kill(daemon: Daemon) -> None:
-    """Kill a daemon's worker, and wait until its successor serves."""
-    before = daemon.status()[0]
-    os.kill(before["worker"], signal.SIGKILL)
-
-    def there(guests: list[dict[str, Any]]) -> bool:
-        return guests[0]["restarts"] > before["restarts"] and guests[0]["state"] == "running"
-
-    daemon.until(there, "no successor")
-
-
 @contextmanager
 def killing(daemon: Daemon, pause: float = 0.0) -> Iterator[None]:
     """Kill one worker after another meanwhile, each once it has served for `pause` seconds."""
@@ -58,7 +46,7 @@ def killing(daemon: Daemon, pause: float = 0.0) -> Iterator[None]:
     def work() -> None:
         try:
             while not enough.wait(pause):
-                kill(daemon)
+                daemon.kill_worker()
         except BaseException as error:
             failed.append(error)
 
@@ -133,7 +121,7 @@ def test_keys_arrive_once_and_in_order(tcp: Daemon) -> None:
         for at in range(0, len(keys), 5):
             peer.sendall(keys[at : at + 5])
             if at % 50 == 0:
-                time.sleep(0)  # let the threads that kill have their turn
+                os.sched_yield()  # let the threads that kill have their turn
         assert_same(console.read(len(keys)), keys)
 
 
@@ -158,7 +146,7 @@ def test_a_half_closed_client_gets_its_answer_from_a_successor_and_then_the_end(
         peer.sendall(b"question")
         peer.shutdown(socket.SHUT_WR)
         assert console.read(8) == b"question"
-        kill(served)
+        served.kill_worker()
         console.write(b"answer")
         assert exactly(peer, 6) == b"answer"
         assert peer.recv(1) == b""
@@ -222,7 +210,7 @@ def test_who_has_a_pty_open_goes_on(daemon: StartDaemon) -> None:
         with boot(running) as console:
             for _ in range(3):
                 both_ways(console, slave)
-                kill(running)
+                running.kill_worker()
             both_ways(console, slave)
             assert nothing_comes(slave)
             assert wait_port(running, readers=1)["missed"] == 0
@@ -240,7 +228,7 @@ def test_a_terminal_goes_on_and_is_given_back_as_it_was_before_all_workers(
         with boot(running) as console:
             for _ in range(2):
                 both_ways(console, user)
-                kill(running)
+                running.kill_worker()
             both_ways(console, user)
             assert nothing_comes(user)
             assert termios.tcgetattr(inner) != modes

@@ -234,6 +234,14 @@ def test_a_disk_that_is_full_for_a_moment_costs_nothing(daemon: StartDaemon, fol
 # Workers
 
 
+def wait_successor(served: Daemon, worker: int) -> None:
+    """Wait until another worker than this one serves."""
+    served.until(
+        lambda guests: guests[0]["state"] == "running" and guests[0]["worker"] != worker,
+        "its worker is the old one",
+    )
+
+
 def test_a_worker_that_is_killed_leaves_no_trace_in_a_log(
     daemon: StartDaemon, folder: Path
 ) -> None:
@@ -252,6 +260,7 @@ def test_a_worker_that_is_killed_leaves_no_trace_in_a_log(
                 console.port.submit(data[at : at + 4096])
             os.kill(worker, signal.SIGKILL)
             console.port.flush()
+            wait_successor(running, worker)
         wait_port(running, output=len(data))
         until(lambda: len(in_order(folder)) >= len(data), "the logs are too short")
     assert_same(in_order(folder), data)
@@ -280,12 +289,9 @@ def configured(folder: Path) -> Iterator[Daemon]:
 
 def reload(served: Daemon) -> None:
     """Have a daemon begin anew, with another worker."""
-    before = served.workers()
+    (worker,) = served.workers()
     served.signal(signal.SIGHUP)
-    served.until(
-        lambda guests: guests[0]["state"] == "running" and guests[0]["worker"] not in before,
-        "its worker is the old one",
-    )
+    wait_successor(served, worker)
 
 
 def test_a_reload_leaves_no_trace_in_a_log(configured: Daemon) -> None:

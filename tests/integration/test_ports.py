@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -311,9 +309,7 @@ def test_a_guest_that_finds_another_worker_goes_on_typing(
     """Its driver knows of no change and says nothing of its ports again."""
     daemon = pipes()
     with ready(daemon) as console:
-        worker = daemon.workers()[0]
-        os.kill(worker, signal.SIGKILL)
-        daemon.until(lambda guests: guests[0]["worker"] not in (None, worker), "no successor")
+        daemon.kill_worker()
         console.frontend.reconnect()
         wait_for(daemon, 0, open=True, state="ready")
         with client(daemon.data[0]) as peer, client(path(folder, 1)) as pipe:
@@ -337,9 +333,7 @@ def test_a_guest_whose_question_went_down_with_a_worker_is_answered_by_the_next(
         heard.driver.add([Control(0, Event.DEVICE_READY, 1).encode()])
         heard.notify()
         heard.wait(WITHIN)
-        worker = daemon.workers()[0]
-        os.kill(worker, signal.SIGKILL)
-        daemon.until(lambda guests: guests[0]["worker"] not in (None, worker), "no successor")
+        daemon.kill_worker()
         frontend.reconnect()
         said = frontend.queues[2]
         said.driver.add(writable=[64])
@@ -510,9 +504,7 @@ def test_a_successor_has_the_ports_as_they_are(pipes: Callable[..., Daemon], fol
     daemon = pipes(1, "--max-ports", "3")
     remove(daemon, GENERIC)
     place = add(daemon, folder)
-    worker = daemon.workers()[0]
-    os.kill(worker, signal.SIGKILL)
-    daemon.until(lambda guests: guests[0]["worker"] not in (None, worker), "no successor")
+    daemon.kill_worker()
     with ready(daemon) as console, client(place) as peer:
         assert console.ports[1].name == b"added"
         console.ports[1].write(b"out")

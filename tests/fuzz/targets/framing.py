@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import msgspec
 from source import Source
+from vhost_device_console.channel import Channel, Message, Saved
 from vhost_device_console.errors import FrontendError
 from vhost_device_console.worker.vhost_user import message as wire
 from vhost_device_console.worker.vhost_user.backend_channel import BackendChannel
-from vhost_device_console.worker.vhost_user.channel import Channel, Message, Saved
 
 _FD = os.memfd_create("any", os.MFD_CLOEXEC)
 

@@ -11,8 +11,8 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
+from vhost_device_console.channel import Channel, Message
 from vhost_device_console.errors import FrontendError
-from vhost_device_console.worker.vhost_user.channel import Channel, Message
 from vhost_device_console.worker.vhost_user.message import Request, encode
 
 FEATURES = encode(Request.GET_FEATURES)

@@ -10,8 +10,8 @@ import struct
 
 import msgspec
 
-from ...errors import FrontendError
-from . import message as wire
+from .errors import FrontendError
+from .worker.vhost_user import message as wire
 
 #: SO_PEERCRED: pid, uid, gid of the process that connected (unix(7)).
 _CREDENTIALS = struct.Struct("=iII")
