@@ -651,7 +651,10 @@ class Guest:
         self._forget_state()
         self._thaw()
         control = self._console.control
-        match self._console.role(index)[0]:
+        role, port = self._console.role(index)
+        match role:
+            case Role.OUTPUT if port and ring.fresh:
+                self._log.info("port %d: a driver begins at byte %d", port.id, port.output.head)
             case Role.CONTROL_TO_GUEST:
                 self._new_driver = ring.fresh
             case Role.CONTROL_FROM_GUEST if ring.fresh and self._new_driver:

@@ -204,6 +204,19 @@ def wait_footprint(worker: int, wanted: tuple[int, int]) -> None:
     )
 
 
+def footprints(daemon: Daemon) -> list[tuple[int, int]]:
+    """Return the footprints of a master that answers nobody, and of its workers."""
+    workers = daemon.workers()
+
+    def unasked() -> bool:
+        with open("/proc/net/unix") as sockets:
+            rows = [line.split() for line in sockets]
+        return not any(row[5] == "03" and row[-1] == daemon.monitor for row in rows)  # connected
+
+    until(unasked, "the master still talks to somebody")
+    return [footprint(pid) for pid in (daemon.pid, *workers)]
+
+
 def assert_no_fault(daemon: Daemon) -> None:
     """Check that no worker has said that something in it went wrong."""
     try:

@@ -174,6 +174,15 @@ def test_reboot(pair: Pair, connect: Any) -> None:
                 converse(console, peer)
 
 
+def test_the_log_says_where_a_guest_has_begun_anew(daemon: StartDaemon) -> None:
+    served = daemon("unix", 1)
+    with boot(served) as console:
+        console.write(b"before")
+        served.expect_log("port 0: a driver begins at byte 0$")
+    with boot(served):
+        served.expect_log("port 0: a driver begins at byte 6$")
+
+
 def test_driver_reloaded(pair: Pair) -> None:
     """A driver that says DEVICE_READY again is told its ports again; input is held meanwhile."""
     with attach(pair.daemon) as peer, guest(pair.daemon) as console:

@@ -407,7 +407,7 @@ class Soak:
                 return
             if time.monotonic() > deadline:
                 raise Violation(f"logs that are not whole: {behind}")
-            time.sleep(0.1)
+            self.hear(0.1)
 
     def _wait_footprints(self) -> None:
         deadline = time.monotonic() + 30
@@ -423,7 +423,7 @@ class Soak:
                 return
             if time.monotonic() > deadline:
                 raise Violation(f"descriptors at the end: {more}")
-            time.sleep(0.1)
+            self.hear(0.1)
 
     def _end_daemon(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
