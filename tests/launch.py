@@ -16,12 +16,14 @@ import socket
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import psutil
+from vhost_device_console.errors import ConsoleError
 
 #: Seconds any single wait may take; generous, since two cores may be shared by many.
 WITHIN = 30.0
@@ -54,6 +56,15 @@ def wait_ended(pid: int, within: float = WITHIN) -> None:
         wait_readable(pidfd, time.monotonic() + within, f"process {pid} did not end")
     finally:
         os.close(pidfd)
+
+
+def held() -> set[tuple[str, str]]:
+    """Return what this process has open, and its children."""
+    found = {("process", str(child.pid)) for child in psutil.Process().children()}
+    for fd in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):
+            found.add((fd, os.readlink(f"/proc/self/fd/{fd}")))
+    return found
 
 
 def receive_until(peer: socket.socket, end: bytes, within: float = WITHIN) -> bytes:
@@ -119,7 +130,38 @@ def command(folder: Path, *arguments: str, **popen: Any) -> subprocess.Completed
     )
 
 
-class Daemon:
+class Served(ABC):
+    """A daemon whose status can be asked for."""
+
+    @abstractmethod
+    def status(self) -> list[dict[str, Any]]:
+        """Return its guests as `status --json` prints them; may raise ConsoleError for now."""
+
+    def until(
+        self, condition: Callable[[list[dict[str, Any]]], Any], what: str, within: float = WITHIN
+    ) -> list[dict[str, Any]]:
+        """Ask for its status until there is one and `condition` holds, and return that status."""
+        last: list[dict[str, Any]] = []
+
+        def ask() -> Any:
+            nonlocal last
+            with suppress(ConsoleError):  # it is starting or ending
+                last = self.status()
+                return condition(last)
+            return False
+
+        until(ask, f"{what}: {last}", within)
+        return last
+
+    def workers(self) -> list[int]:
+        """Return every guest's worker's process id, once they all run."""
+        guests = self.until(
+            lambda guests: all(guest["state"] == "running" for guest in guests), "not all run"
+        )
+        return [guest["worker"] for guest in guests]
+
+
+class Daemon(Served):
     """A running daemon; a context manager that ends it and checks that nothing is left.
 
     Its sockets are `folder`/c.sock0 and so on (`sockets`); `data` are the unix backend's,
@@ -233,27 +275,6 @@ class Daemon:
             client.sendall(b'{"type":"status"}\n')
             guests: list[dict[str, Any]] = json.loads(receive_until(client, b"\n"))["guests"]
             return guests
-
-    def until(
-        self, condition: Callable[[list[dict[str, Any]]], Any], what: str, within: float = WITHIN
-    ) -> list[dict[str, Any]]:
-        """Ask for its status until `condition` holds, and return that status."""
-        last: list[dict[str, Any]] = []
-
-        def ask() -> Any:
-            nonlocal last
-            last = self.status()
-            return condition(last)
-
-        until(ask, f"{what}: {last}", within)
-        return last
-
-    def workers(self) -> list[int]:
-        """Return every guest's worker's process id, once they all run."""
-        guests = self.until(
-            lambda guests: all(guest["state"] == "running" for guest in guests), "not all run"
-        )
-        return [guest["worker"] for guest in guests]
 
     def kill_worker(self) -> int:
         """Kill the first guest's worker, and return its successor's process id once it serves."""

@@ -9,10 +9,9 @@ import sys
 import tempfile
 import tty
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
-import psutil
 import pytest
 
 sys.path.append(str(Path(__file__).parent))  # behind tests/, which has a conftest too
@@ -24,24 +23,15 @@ from machine import need
 from qemu import Qemu, Shared, StartQemu
 from uml import StartGuest
 
-from launch import Daemon
-
-
-def _held() -> set[tuple[str, str]]:
-    """Return what this process has open, and its children."""
-    held = {("process", str(child.pid)) for child in psutil.Process().children()}
-    for fd in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):
-            held.add((fd, os.readlink(f"/proc/self/fd/{fd}")))
-    return held
+from launch import Daemon, held
 
 
 @pytest.fixture(autouse=True)
 def nothing_stays_open() -> Iterator[None]:
     """Fail a test that leaves something behind; a guest that tests share was there before."""
-    before = _held()
+    before = held()
     yield
-    assert not (left := _held() - before), f"left: {left}"
+    assert not (left := held() - before), f"left: {left}"
 
 
 @pytest.fixture

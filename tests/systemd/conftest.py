@@ -6,11 +6,10 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 # behind tests/, which has a conftest too
@@ -19,22 +18,15 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "integr
 from pid1 import ROOT, Machine, UnavailableError
 from service import Service, StartService, uid
 
-
-def _held() -> set[tuple[str, str]]:
-    """Return what this process has open, and its children."""
-    held = {("process", str(child.pid)) for child in psutil.Process().children()}
-    for fd in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):
-            held.add((fd, os.readlink(f"/proc/self/fd/{fd}")))
-    return held
+from launch import held
 
 
 @pytest.fixture(autouse=True)
 def nothing_stays_open() -> Iterator[None]:
     """Fail a test that leaves something behind; the machine was there before."""
-    before = _held()
+    before = held()
     yield
-    assert not (left := _held() - before), f"left: {left}"
+    assert not (left := held() - before), f"left: {left}"
 
 
 def documented(heading: str) -> str:

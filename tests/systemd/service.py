@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from pid1 import USER, Machine
 from vhost_device_console import monitor
-from vhost_device_console.errors import ConsoleError
 
-from launch import WITHIN, until
+from launch import Served
 
 
-class Service:
+class Service(Served):
     """vhost-device-console@`name` with its files; a context manager that stops and forgets it.
 
     `environment` is its EnvironmentFile=, `settings` are a drop-in's lines of [Service]. What tests
@@ -93,29 +90,6 @@ class Service:
         path = self.machine.path(f"{self.folder}/{self.pid}.sock")
         guests: list[dict[str, Any]] = monitor.plain(monitor.ask(path).guests)  # type: ignore[assignment]
         return guests
-
-    def until(
-        self, condition: Callable[[list[dict[str, Any]]], Any], what: str, within: float = WITHIN
-    ) -> list[dict[str, Any]]:
-        """Ask for its status until there is one and `condition` holds, and return that status."""
-        last: list[dict[str, Any]] = []
-
-        def ask() -> Any:
-            nonlocal last
-            with suppress(ConsoleError):  # it is starting or ending
-                last = self.status()
-                return condition(last)
-            return False
-
-        until(ask, f"{what}: {last}", within)
-        return last
-
-    def workers(self) -> list[int]:
-        """Return every guest's worker's process id in the machine, once they all run."""
-        guests = self.until(
-            lambda guests: all(guest["state"] == "running" for guest in guests), "not all run"
-        )
-        return [guest["worker"] for guest in guests]
 
     def kill(self, pid: int, signal: str = "KILL") -> None:
         """Send a signal to a process of the machine."""
