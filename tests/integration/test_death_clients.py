@@ -18,7 +18,7 @@ import pytest
 from scene import MARKER, assert_same, attach, boot, call, converse, exactly, numbered, wait_port
 from vhost_device_console.testing import ConsoleDriver
 
-from launch import WITHIN, Daemon, receive_until, wait_readable
+from launch import WITHIN, Daemon, receive_until, until, wait_readable
 
 HASTY = "from vhost_device_console import cli, supervision; supervision.delay = lambda _: 0.0; "
 PROGRAM = [sys.executable, "-c", f"{HASTY}cli.main()"]
@@ -73,24 +73,36 @@ def in_step(data: bytes) -> None:
 
 def test_clients_that_come_and_go_meanwhile_get_every_byte_once(tcp: Daemon) -> None:
     """The first sees all; whoever joins sees all from there on; who leaves costs nobody a byte."""
-    total = 400_000
+    end = b"the end\n"
+    written = 0
+    others: list[socket.socket] = []
     got: list[bytes] = []
     with attach(tcp) as first, boot(tcp) as console, killing(tcp), ExitStack() as ends:
-        reader = threading.Thread(target=lambda: got.append(exactly(first, total)))
+
+        def write() -> None:
+            nonlocal written
+            console.write(numbered(8000, written))
+            written += 8000
+
+        def all_joined() -> bool:
+            write()
+            return len(select.select(others, [], [], 0)[0]) == len(others)
+
+        reader = threading.Thread(target=lambda: got.append(to_the_end(first, end)))
         reader.start()
-        others = []
-        for at in range(0, total, 8000):
-            if at % 40_000 == 0:
+        for number in range(50):
+            if number % 5 == 0:
                 others.append(ends.enter_context(call(tcp)))
-            if at % 80_000 == 40_000:
+            if number % 10 == 5:
                 others.pop(0).close()
-            console.write(numbered(8000, at))
-        reader.join()
-        wait_port(tcp, readers=1 + len(others))  # else they may join behind the end
-        console.write(b"the end\n")
+            write()
+        until(all_joined, "who came last sees nothing")
+        write()
+        console.write(end)
         for other in others:
-            in_step(to_the_end(other, b"the end\n")[: -len(b"the end\n")] + b"\n")
-    assert_same(got[0], numbered(total))
+            in_step(to_the_end(other, end)[: -len(end)] + b"\n")
+        reader.join()
+    assert_same(got[0], numbered(written) + end)
 
 
 def test_one_who_never_reads_finds_gaps_that_add_up(tcp: Daemon) -> None:
@@ -105,9 +117,9 @@ def test_one_who_never_reads_finds_gaps_that_add_up(tcp: Daemon) -> None:
     at = done = gaps = 0
     whole = numbered(total)
     for gap in [*MARKER.finditer(got), None]:
-        until = gap.start() if gap else len(got)
-        assert_same(got[done:until], whole[at : at + until - done])
-        at += until - done
+        stop = gap.start() if gap else len(got)
+        assert_same(got[done:stop], whole[at : at + stop - done])
+        at += stop - done
         if gap:
             at += int(gap[1])
             done = gap.end()
