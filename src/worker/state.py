@@ -50,6 +50,7 @@ class _Device(msgspec.Struct, array_like=True, kw_only=True):
     promised: int
     ports: list[_Port]
     waiting: list[tuple[int, Event, bytes]]
+    unset: bool = False
 
 
 class _Head(msgspec.Struct, array_like=True):
@@ -64,14 +65,16 @@ _device = msgspec.msgpack.Decoder(_Device)
 
 def save(console: Console) -> bytes:
     """Return the state of `console`, whose queues do not run."""
-    control = console.control
+    control = console.control.save()
+    ports = console.ports.values()
     return _encoder.encode(
         _Device(
             kind=_KIND,
             version=_VERSION,
             promised=control.promised,
-            ports=[_describe(port, control.state(port.id)) for port in console.ports.values()],
+            ports=[_describe(port, control.states.get(port.id, State.ABSENT)) for port in ports],
             waiting=control.waiting,
+            unset=control.unset,
         )
     )
 
@@ -106,7 +109,8 @@ class Loaded:
         """Let the console go on where the state was taken, with the features as they are chosen."""
         control, ports = self._console.control, self._device.ports
         control.promised = self._device.promised
-        control.restore({port.id: port.state for port in ports}, self._device.waiting)
+        states = {port.id: port.state for port in ports}
+        control.restore(states, self._device.waiting, unset=self._device.unset)
         for saved in ports:
             port = self._console.ports[saved.id]
             port.opened = saved.opened

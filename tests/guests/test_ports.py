@@ -132,8 +132,8 @@ def test_the_console_goes_on_after_its_driver_was_taken_away(
     daemon, console = place("unix")
     boot(kernel, daemon.sockets[0])
     console.until(PROMPT)
-    # The shell loses its terminal with the driver, and init starts another. Nobody else may hold the
-    # old one by then: Linux hands the new shell's input to no one while it is being let go.
+    # The shell loses its terminal with the driver, and init starts another. Nobody else may hold
+    # the old one by then: Linux hands the new shell's input to no one while it is being let go.
     console.run(b"touch /respawn")
     drivers = b"/sys/bus/virtio/drivers/virtio_console"
     again = b"setsid sh -c 'cd %s; echo virtio0 > unbind; echo virtio0 > bind'" % drivers

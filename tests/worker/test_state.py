@@ -100,6 +100,17 @@ def test_a_port_that_is_only_here_is_told_to_the_guest(source: Console) -> None:
     assert struct.pack("<IHH", 2, Event.PORT_ADD, 0) in destination.control.replies
 
 
+def test_ports_that_a_driver_could_not_be_told_of_are_no_more_known_where_it_goes(
+    source: Console,
+) -> None:
+    talk(source, (0, Event.DEVICE_READY, 0))
+    destination = make(True, False)
+    move(source, destination)
+    assert destination.control.state(1) is State.FAILED
+    destination.remove(destination.ports[1])
+    assert not destination.control.replies
+
+
 def test_a_state_that_moved_moves_on(source: Console) -> None:
     first, second = make(True, False), make(True, False)
     move(source, first)

@@ -120,7 +120,8 @@ class Control:
 
     def state(self, port_id: int) -> State:
         """Return how far the guest is with that port."""
-        return self._states.get(port_id, State.FAILED if self._unset else State.ABSENT)
+        state = self._states.get(port_id, State.ABSENT)
+        return State.FAILED if self._unset and state is State.ABSENT else state
 
     def reset(self) -> None:
         """Forget the dialogue: another driver starts, which has said nothing yet."""
@@ -159,12 +160,20 @@ class Control:
         return [(port_id, event, data) for (port_id, event), data in self._waiting.items()]
 
     def restore(
-        self, states: Mapping[int, State], waiting: Iterable[tuple[int, Event, bytes]]
+        self,
+        states: Mapping[int, State],
+        waiting: Iterable[tuple[int, Event, bytes]],
+        *,
+        unset: bool,
     ) -> None:
-        """Go on with a guest that another device talked to, and with what it had to say."""
+        """Go on with a guest that another device talked to, and with what it had to say.
+
+        `unset` says that its driver could not set that device up.
+        """
         self.reset()
         self._states.update(states)
         self._talking = any(state is not State.ABSENT for state in states.values())
+        self._unset = unset
         for port_id, event, message in waiting:
             self._waiting[port_id, event] = message
 

@@ -194,7 +194,8 @@ def _carry_out(steps: fx.Steps, model: Model, refuse: int) -> fx.Reply | None:
             return value
         result = error = None
         refuse -= 1
-        if not refuse and not isinstance(effect, _NEVER_REFUSED):
+        impossible = isinstance(effect, fx.CheckSize) and not effect.size
+        if impossible or (not refuse and not isinstance(effect, _NEVER_REFUSED)):
             error = RefusedError("as the input says")
         else:
             result = model.apply(effect)

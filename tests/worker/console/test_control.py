@@ -322,7 +322,7 @@ def test_states_of_another_device_are_gone_on_with(ports: Ports) -> None:
     made = ports(True, False)
     control = promising({port.id: port for port in made})
     waiting = (1, Event.PORT_ADD, b"add")
-    control.restore({0: State.READY, 1: State.ADDED}, [waiting])
+    control.restore({0: State.READY, 1: State.ADDED}, [waiting], unset=False)
     assert [control.state(at) for at in (0, 1)] == [State.READY, State.ADDED]
     assert control.waiting == [waiting]
     assert take(control) == [b"add"]

@@ -513,6 +513,13 @@ def test_a_position_outside_a_packed_ring_is_refused(scene: MakeScene, kind: Kin
         assert it.succeed(it.committed())[0].index == 0x8004
 
 
+def test_more_pushes_than_a_packed_ring_can_hold_are_refused(scene: MakeScene) -> None:
+    it = scene(Kind(RING_PACKED))
+    committed = it.committed()
+    with pytest.raises(RefusedError, match="more was pushed than a ring of 4 entries can hold"):
+        it.succeed(committed._replace(pushed=1, pushes=[(5 << 16, 0)]))
+
+
 # Control queues: no ledger, but what is pending is told
 
 
