@@ -95,7 +95,7 @@ class PackedQueue(ChainReader):
         """Begin there, after what a predecessor pushed, which the guest sees from now on."""
         self._begin(place, place)
         if resume is not None:
-            if sum(head >> 16 for head, _ in resume.pushes) > self.size:
+            if sum([head >> 16 for head, _ in resume.pushes]) > self.size:
                 raise RefusedError(f"more was pushed than a ring of {self.size} entries can hold")
             for at, (head, written) in enumerate(resume.pushes):
                 self._heads[at], self._lengths[at] = head, written
