@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,23 +66,9 @@ def daemon(folder: Path, ports: launch.Ports) -> Iterator[StartDaemon]:
         yield start
 
 
-def _open() -> dict[str, str]:
-    found = {}
-    for fd in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):
-            found[fd] = os.readlink(f"/proc/self/fd/{fd}")
-    return found
-
-
 @pytest.fixture(autouse=True)
 def nothing_stays_open() -> Iterator[None]:
-    """Fail a test that leaves a descriptor or a child process behind."""
-    before = _open()
+    """Fail a test that leaves something behind; what a module's tests share was there before."""
+    before = launch.held()
     yield
-    left = {fd: what for fd, what in _open().items() if before.get(fd) != what}
-    assert not left, f"left open: {left}"
-    try:
-        pid, _ = os.waitpid(-1, os.WNOHANG)
-    except ChildProcessError:
-        return
-    raise AssertionError(f"a child process is left: {pid or 'running'}")
+    assert not (left := launch.held() - before), f"left: {left}"

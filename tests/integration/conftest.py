@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
 sys.path.append(str(Path(__file__).parent))  # behind the folder of launch.py
@@ -18,23 +15,6 @@ sys.path.append(str(Path(__file__).parent))  # behind the folder of launch.py
 import scene
 
 import launch
-
-
-def _held() -> dict[str, str]:
-    held = {str(child.pid): "a child" for child in psutil.Process().children()}
-    for fd in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):
-            held[f"fd {fd}"] = os.readlink(f"/proc/self/fd/{fd}")
-    return held
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays_open() -> Iterator[None]:
-    """Fail a test that leaves a descriptor or child behind; shared daemons were there before."""
-    before = _held()
-    yield
-    left = {what: where for what, where in _held().items() if before.get(what) != where}
-    assert not left, f"left behind: {left}"
 
 
 @pytest.fixture(scope="module")

@@ -18,16 +18,6 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "integr
 from pid1 import ROOT, Machine, UnavailableError
 from service import Service, StartService, uid
 
-from launch import held
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays_open() -> Iterator[None]:
-    """Fail a test that leaves something behind; the machine was there before."""
-    before = held()
-    yield
-    assert not (left := held() - before), f"left: {left}"
-
 
 def documented(heading: str) -> str:
     """Return the first commands under a heading of docs/systemd.md."""
