@@ -37,12 +37,14 @@ def wait_readable(fd: int, deadline: float, what: str) -> None:
         raise TimeoutError(what)
 
 
-def until(condition: Callable[[], Any], what: str, within: float = WITHIN) -> Any:
-    """Ask `condition` until it gives something true, and return that."""
+def until(
+    condition: Callable[[], Any], what: str | Callable[[], str], within: float = WITHIN
+) -> Any:
+    """Ask `condition` until it gives something true, and return that; `what` says what is not."""
     deadline = time.monotonic() + within
     while not (result := condition()):
         if time.monotonic() > deadline:
-            raise TimeoutError(what)
+            raise TimeoutError(what if isinstance(what, str) else what())
     return result
 
 
@@ -150,7 +152,7 @@ class Served(ABC):
                 return condition(last)
             return False
 
-        until(ask, f"{what}: {last}", within)
+        until(ask, lambda: f"{what}: {last}", within)
         return last
 
     def workers(self) -> list[int]:
