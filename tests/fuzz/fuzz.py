@@ -72,7 +72,7 @@ def fuzz(name: str, seconds: int, seed: int) -> bool:
         f"-artifact_prefix={FOUND}/{name}-",
     ]
     log = FOUND / f"{name}.log"
-    # With this, a seed finds the same on another machine, as far as it comes in that time.
+    # Else even those targets that nothing else makes vary would find something else each time.
     same = {**os.environ, "PYTHONHASHSEED": "0"}
     with open(log, "wb") as output:
         ended = subprocess.run(
