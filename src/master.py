@@ -287,10 +287,8 @@ class _Master:
         if saved is None:
             self._store.drop(part(guest.guest))
             return
-        pipe, pid = saved.pipe, saved.pid
         saved.pid = saved.pipe = None  # no worker outlives this process
         self._store.put(part(guest.guest), saved, saved.fds())
-        saved.pipe, saved.pid = pipe, pid
 
     def _go_on(self, guest: Hosted, saved: SavedGuest) -> None:
         """Have the worker that another program has forked, until it can be replaced."""
