@@ -13,15 +13,15 @@ import os
 import socket
 import stat
 import sys
-import time
 import tty
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from ipaddress import ip_address
 
 import msgspec
 
 from .admission import Door, group_id, user_id
+from .claims import claiming, clear_stale
 from .config import SOCKET_MODE, Access, Backend, Guest, Nested, Network, Port, Pty, Unix
 from .errors import ConfigError
 
@@ -29,9 +29,6 @@ _log = logging.getLogger(__name__)
 
 #: Connections that the system holds until they are accepted.
 BACKLOG = 128
-
-#: Seconds to wait for another daemon that claims a path in the same folder.
-_CLAIM_WITHIN = 1.0
 
 # ioctl_tty(2); os.ptsname is there from Python 3.13 on.
 _TIOCGPTN = 0x80045430
@@ -323,8 +320,8 @@ def _listen_unix(path: str, access: Access, inherited: Inherited | None) -> Kept
         return Kept(fd)
     with ExitStack() as undo:
         try:
-            with _claiming(os.path.dirname(path) or "."):
-                _clear_stale(path)
+            with claiming(os.path.dirname(path) or "."):
+                clear_stale(path)
                 made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
                 undo.callback(made.close)
                 # From its first moment nobody else may connect: a chmod would come too late.
@@ -407,82 +404,6 @@ def _unusable(path: str, error: OSError) -> str:
             return "something else took the path just now"
         case _:
             return _reason(error)
-
-
-@contextmanager
-def _claiming(folder: str) -> Iterator[None]:
-    """Keep other daemons from claiming a path in `folder` meanwhile.
-
-    Between bind and listen a live socket looks stale. The lock leaves no file behind; who cannot
-    have it (a stranger may hold it in /tmp) goes on without.
-    """
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:
-        yield
-        return
-    try:
-        deadline = time.monotonic() + _CLAIM_WITHIN
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                time.sleep(0.01)
-        yield
-    finally:
-        os.close(fd)
-
-
-_KINDS: tuple[tuple[Callable[[int], bool], str], ...] = (
-    (stat.S_ISLNK, "a symbolic link"),
-    (stat.S_ISDIR, "a folder"),
-    (stat.S_ISREG, "a file"),
-)
-
-
-def _clear_stale(path: str) -> None:
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        kind = next((name for test, name in _KINDS if test(mode)), "something else")
-        raise ConfigError(f"{path} is {kind}, not a socket: remove it or choose another path")
-    try:
-        if not _is_stale(path):
-            raise ConfigError(
-                f"{path} is in use by another process: stop it or choose another path"
-            )
-    except PermissionError:
-        raise ConfigError(f"{path} is a socket of another user: choose another path") from None
-    with suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def _is_stale(path: str) -> bool:
-    """Tell whether nobody listens at the socket `path`; raises PermissionError."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(path)
-        except (ConnectionRefusedError, FileNotFoundError):
-            return True
-        except PermissionError:
-            raise
-        except OSError:
-            return False  # a full backlog or another socket type: somebody is there
-        return False
-
-
-def remove_if_stale(path: str) -> bool:
-    """Remove the socket `path` when nobody listens; tell whether nobody does."""
-    with suppress(OSError):
-        if _is_stale(path):
-            with _claiming(os.path.dirname(path) or "."):
-                if _is_stale(path):
-                    os.unlink(path)
-                    return True
-    return not os.path.lexists(path)
 
 
 def _tcp_name(host: str, port: int) -> str:

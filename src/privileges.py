@@ -46,6 +46,9 @@ _NAMES = {0: "chown", 1: "dac_override", 10: "net_bind_service"}
 #: TCP ports below 1024.
 _MASTERS = sum(1 << number for number in _NAMES)
 
+#: What it takes to reach a socket of another user's.
+_WAY_IN = 1 << 1
+
 #: Kinds of memory that are left out of a core file: what is shared, as guests' memory is (core(5)).
 _SHARED = 1 << 1 | 1 << 3 | 1 << 6 | 1 << 8
 
@@ -114,6 +117,18 @@ def confine_master(user: User | None) -> None:
     _keep_capabilities(_MASTERS)
     prctl(_SET_NO_NEW_PRIVS, 1)
     prepare()
+
+
+def confine_entrance(*, may_gain: bool = False) -> None:
+    """Give up what people's gateways have no use for: all but root's way to others' sockets.
+
+    With `may_gain` its children may be programs that gain privileges.
+    """
+    os.umask(_UMASK)
+    _bound_capabilities(_WAY_IN)
+    _keep_capabilities(_WAY_IN)
+    if not may_gain:
+        prctl(_SET_NO_NEW_PRIVS, 1)
 
 
 @cache

@@ -23,6 +23,7 @@ from itertools import pairwise
 
 import msgspec
 
+from . import logbook
 from .config import Network, Port, Tls
 from .errors import ConfigError
 from .supervision import Action, Event, State, Supervisor
@@ -514,7 +515,7 @@ def _become_gateway(
         for number in (signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
         signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-        _close_others({2, channel.fileno()})
+        _close_others({2, channel.fileno(), *logbook.fds()})
         for _ in ("stdin", "stdout"):
             os.open(os.devnull, os.O_RDWR)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

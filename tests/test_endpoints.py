@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from vhost_device_console import endpoints
+from vhost_device_console import claims
 from vhost_device_console.admission import user_id
 from vhost_device_console.config import (
     Access,
@@ -273,7 +274,7 @@ def test_a_claim_waits_for_another_in_the_same_folder(
 def test_a_stranger_s_lock_on_the_folder_does_not_stop_us(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoints, "_CLAIM_WITHIN", 0.05)
+    monkeypatch.setattr(claims, "_CLAIM_WITHIN", 0.05)
     holder = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(holder, fcntl.LOCK_EX)
@@ -292,9 +293,20 @@ def test_a_data_socket_that_cannot_be_had_takes_the_frontend_s_with_it(folder: P
 def test_only_a_stale_socket_is_removed_for_the_asking(folder: Path) -> None:
     leave_stale(folder / "dead")
     with closing(Endpoints(guest(folder / "live"))):
-        assert endpoints.remove_if_stale(str(folder / "dead"))
-        assert not endpoints.remove_if_stale(str(folder / "live"))
+        assert claims.remove_if_stale(str(folder / "dead"))
+        assert not claims.remove_if_stale(str(folder / "live"))
         assert os.listdir(folder) == ["live"]
+
+
+def test_a_stale_socket_that_cannot_be_removed_is_nobody_s_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unlink(_path: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    leave_stale(folder / "dead")
+    monkeypatch.setattr(os, "unlink", unlink)
+    assert claims.remove_if_stale(str(folder / "dead"))
 
 
 # TCP listeners
