@@ -5,11 +5,12 @@ Offsets count bytes since the journal was made and never go back. An output ring
 `size` bytes of an endless stream, any number of readers have cursors in it; an input ring holds
 what the guest has not taken yet.
 
-Layout, native byte order: a page of u64 words (magic; output size, head, seen and tail; input
-size, head and tail), the output ring, the input ring, and spare room as large as the output ring.
-Sizes are powers of two and whole pages. A byte counts once its head is stored, and a head is one
-aligned 8-byte store, so a worker killed anywhere leaves a journal that is whole. What a running
-virtqueue brought counts only once its ledger says so, too: see `ledger`, `go_back`.
+Layout, native byte order: a page of u64 words (magic; output size, head, seen and tail; input size,
+head and tail; a number that no other journal has), the output ring, the input ring, and spare room
+as large as the output ring. Sizes are powers of two and whole pages. A byte counts once its head is
+stored, and a head is one aligned 8-byte store, so a worker killed anywhere leaves a journal that is
+whole. What a running virtqueue brought counts only once its ledger says so, too: see `ledger`,
+`go_back`.
 """
 
 from __future__ import annotations
@@ -17,11 +18,22 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import secrets
 
 _MAGIC = int.from_bytes(b"VDCJRNL3", "little")
 _PAGE = 4096
 _WORD = 8
-_MAGIC_AT, _OUT_SIZE, _OUT_HEAD, _OUT_SEEN, _OUT_TAIL, _IN_SIZE, _IN_HEAD, _IN_TAIL = range(8)
+(
+    _MAGIC_AT,
+    _OUT_SIZE,
+    _OUT_HEAD,
+    _OUT_SEEN,
+    _OUT_TAIL,
+    _IN_SIZE,
+    _IN_HEAD,
+    _IN_TAIL,
+    _NUMBER,
+) = range(9)
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
@@ -35,7 +47,8 @@ def create(name: str, output_bytes: int, input_bytes: int) -> int:
     for size in (output_bytes, input_bytes):
         if size < _PAGE or size & (size - 1):
             raise ValueError(f"a ring of {size} bytes: not a power of two of at least {_PAGE}")
-    header = (_MAGIC, output_bytes, 0, 0, 0, input_bytes, 0, 0)
+    number = secrets.randbits(53)  # what JSON can carry everywhere
+    header = (_MAGIC, output_bytes, 0, 0, 0, input_bytes, 0, 0, number)
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, _PAGE + 2 * output_bytes + input_bytes)
@@ -45,6 +58,11 @@ def create(name: str, output_bytes: int, input_bytes: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def number(fd: int) -> int:
+    """Return the number of the journal in the file `fd`, without mapping it."""
+    return int.from_bytes(os.pread(fd, _WORD, _NUMBER * _WORD), "little")
 
 
 class Output:
@@ -220,6 +238,8 @@ class Input:
 class Journal:
     """A mapped journal: a port's `output` and `input`, and `spare` room of the output's size.
 
+    Offsets of one mean nothing in another, which has another `number`.
+
     Takes over no descriptor: `fd` may be closed afterwards. Raises ValueError when the file is no
     journal.
     """
@@ -234,3 +254,4 @@ class Journal:
         self.output = Output(view[_PAGE:middle], words)
         self.input = Input(view[middle:end], words)
         self.spare = view[end:]
+        self.number: int = words[_NUMBER]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gzip
 import os
 import resource
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vhost_device_console import logs
 from vhost_device_console.config import Log
 from vhost_device_console.errors import ConfigError
+from vhost_device_console.ledger import LogEntry
 from vhost_device_console.logs import LogFiles
 
 Make = Callable[..., LogFiles]
@@ -25,10 +28,13 @@ def make(tmp_path: Path) -> Iterator[Make]:
     """Give LogFiles of the file `log` in `tmp_path`, closed after the test."""
     with ExitStack() as ends:
 
-        def made(path: str = "log", keep: int = 3, **more: dict[int, int]) -> LogFiles:
-            files = LogFiles(Log(str(tmp_path / path), 4096, keep), **more)
-            ends.callback(files.close)
-            return files
+        def made(
+            path: str = "log", keep: int = 3, *, files: dict[int, int] | None = None, **more: Any
+        ) -> LogFiles:
+            described = Log(str(tmp_path / path), 4096, keep, **{"times": False, **more})
+            made = LogFiles(described, files)
+            ends.callback(made.close)
+            return made
 
         yield made
 
@@ -303,3 +309,127 @@ def test_a_path_that_cannot_be_opened_anew_leaves_the_file_that_was_there(
     (tmp_path / "log").rmdir()
     assert texts(tmp_path) == {"old": "a"}
     assert caplog.messages == [f"log {tmp_path}/log cannot be opened anew: is a directory"]
+
+
+# Ages
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Give the time that a log reads, at first the middle of an hour."""
+    now = [500_000 * 3600 + 1800.0]
+    monkeypatch.setattr(logs.time, "time", lambda: now[0])
+    return now
+
+
+def begun_at(path: Path, files: LogFiles, text: str, at: float) -> None:
+    write(files, text)
+    os.utime(path, (at, at))
+
+
+def test_another_file_is_begun_when_the_hour_is_over(
+    tmp_path: Path, make: Make, clock: list[float]
+) -> None:
+    files = make(max_age=3600)
+    begun_at(tmp_path / "log", files, "a", clock[0])
+    assert files.left == 1800
+    assert not files.grow_old()
+    clock[0] += 1800
+    assert files.grow_old()
+    assert texts(tmp_path) == {"log": "", "log.1": "a"}
+    assert files.left == 3600
+
+
+def test_a_file_of_an_earlier_hour_is_not_written_on(
+    tmp_path: Path, make: Make, clock: list[float]
+) -> None:
+    """Its daemon was away when that was over."""
+    (tmp_path / "log").write_text("old")
+    os.utime(tmp_path / "log", (clock[0] - 3600, clock[0] - 3600))
+    assert make(max_age=3600).grow_old()
+    assert texts(tmp_path) == {"log": "", "log.1": "old"}
+
+
+def test_an_empty_file_grows_no_older(tmp_path: Path, make: Make, clock: list[float]) -> None:
+    files = make(max_age=3600)
+    clock[0] += 7200
+    assert not files.grow_old()
+    assert files.left == 1800
+    assert texts(tmp_path) == {"log": ""}
+
+
+def test_without_an_age_a_file_is_never_too_old(make: Make) -> None:
+    files = make()
+    assert files.left is None
+    assert not files.grow_old()
+
+
+# Old files
+
+
+def test_a_file_is_compressed_once_its_worker_writes_another(tmp_path: Path, make: Make) -> None:
+    files = make(compress=True)
+    first = files.newest
+    write(files, "a")
+    files.rotate()
+    files.mind()
+    write(files, "b", first)
+    assert not (tmp_path / "log.gz.new").exists()
+    files.settled(files.newest)
+    files.mind()
+    while not (tmp_path / "log.1.gz").exists():
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+        files.reap()
+    assert gzip.decompress((tmp_path / "log.1.gz").read_bytes()) == b"ab"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "log.1.gz"]
+
+
+# The index
+
+
+def index(path: Path) -> list[tuple[int, ...]]:
+    return [*logs.ENTRY.iter_unpack(path.read_bytes())]
+
+
+def test_the_index_goes_with_its_file(tmp_path: Path, make: Make) -> None:
+    files = make(times=True)
+    first = files.newest
+    files.note([LogEntry(first, 0, 7, 100)], journal=5)
+    files.rotate()
+    files.note([LogEntry(first, 1, 8, 200), LogEntry(files.newest, 0, 9, 300)], journal=5)
+    assert index(tmp_path / "log.1.times") == [(0, 5, 7, 100), (1, 5, 8, 200)]
+    assert index(tmp_path / "log.times") == [(0, 5, 9, 300)]
+
+
+def test_the_index_is_for_whom_the_log_is_for(tmp_path: Path, make: Make) -> None:
+    files = make(times=True)
+    (tmp_path / "log").chmod(0o644)
+    files.note([LogEntry(files.newest, 0, 0, 1)], journal=5)
+    assert stat.S_IMODE((tmp_path / "log.times").stat().st_mode) == 0o644
+
+
+def test_half_an_entry_spoils_no_other(tmp_path: Path, make: Make) -> None:
+    (tmp_path / "log.times").write_bytes(b"half")
+    files = make(times=True)
+    files.note([LogEntry(files.newest, 1, 2, 3)], journal=4)
+    assert index(tmp_path / "log.times")[-1] == (1, 4, 2, 3)
+
+
+def test_an_index_has_a_limit(tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "_SMALL_INDEX", 64)
+    files = make(times=True)
+    for number in range(9):
+        files.note([LogEntry(files.newest, number, number, number)], journal=4)
+    assert len(index(tmp_path / "log.times")) == 2
+    write(files, "x" * 100)
+    for number in range(9):
+        files.note([LogEntry(files.newest, number, number, number)], journal=4)
+    assert len(index(tmp_path / "log.times")) == 4
+
+
+def test_an_index_that_cannot_be_is_missed_by_nobody(tmp_path: Path, make: Make) -> None:
+    (tmp_path / "log.times").mkdir()
+    files = make(times=True)
+    files.note([LogEntry(files.newest, 1, 2, 3)], journal=4)
+    write(files, "a")
+    assert (tmp_path / "log").read_text() == "a"

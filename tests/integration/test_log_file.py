@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
+import re
 import resource
 import signal
+import struct
+import subprocess
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -21,9 +27,11 @@ from scene import (
     port_of,
     wait_port,
 )
+from vhost_device_console import archive
+from vhost_device_console.testing.console import ConsoleDriver
 
 from conftest import StartDaemon
-from launch import Daemon, command, until
+from launch import WITHIN, Daemon, command, until, wait_readable
 
 MIB = 1 << 20
 
@@ -45,7 +53,8 @@ def small(path: Path) -> bool:
 
 def in_order(folder: Path) -> bytes:
     """Return what is in all files of log0, oldest first."""
-    files = sorted(folder.glob("log0.*"), key=lambda path: -int(path.suffix[1:]))
+    old = [path for path in folder.glob("log0.*") if path.suffix[1:].isdigit()]
+    files = sorted(old, key=lambda path: -int(path.suffix[1:]))
     return b"".join(path.read_bytes() for path in [*files, folder / "log0"])
 
 
@@ -151,7 +160,7 @@ def test_full_logs_are_rotated_and_nothing_is_lost_between_them(
         for start in range(0, len(data), MIB // 8):
             console.write(data[start : start + MIB // 8], depth=16)
             until(lambda: small(folder / "log0"), "it is never rotated")
-    sizes = [path.stat().st_size for path in folder.glob("log0.*")]
+    sizes = [path.stat().st_size for path in folder.glob("log0.*[0-9]")]
     assert len(sizes) >= 32
     assert min(sizes) >= 65536
     assert_same(in_order(folder), data)
@@ -242,6 +251,22 @@ def wait_successor(served: Daemon, worker: int) -> None:
     )
 
 
+#: Bytes in buffers that are under way when a worker is killed.
+AT_ONCE = 48 * 4096
+
+
+def write_amid_deaths(served: Daemon, console: ConsoleDriver, data: bytes) -> None:
+    """Have the guest write `data`, and a worker killed for each AT_ONCE of it."""
+    for start in range(0, len(data), AT_ONCE):
+        (worker,) = served.workers()
+        for at in range(start, start + AT_ONCE, 4096):
+            console.port.submit(data[at : at + 4096])
+        os.kill(worker, signal.SIGKILL)
+        console.port.flush()
+        wait_successor(served, worker)
+    wait_port(served, output=len(data))
+
+
 def test_a_worker_that_is_killed_leaves_no_trace_in_a_log(
     daemon: StartDaemon, folder: Path
 ) -> None:
@@ -252,18 +277,150 @@ def test_a_worker_that_is_killed_leaves_no_trace_in_a_log(
         *("--log-file", str(folder / "log")),
         *("--log-max-bytes", "65536", "--log-keep", "99"),
     )
-    data = numbered(6 * 48 * 4096)
+    data = numbered(6 * AT_ONCE)
     with boot(running) as console:
-        for start in range(0, len(data), 48 * 4096):
-            (worker,) = running.workers()
-            for at in range(start, start + 48 * 4096, 4096):
-                console.port.submit(data[at : at + 4096])
-            os.kill(worker, signal.SIGKILL)
-            console.port.flush()
-            wait_successor(running, worker)
-        wait_port(running, output=len(data))
+        write_amid_deaths(running, console, data)
         until(lambda: len(in_order(folder)) >= len(data), "the logs are too short")
     assert_same(in_order(folder), data)
+
+
+# Lines, old files, times
+
+STAMP = re.compile(rb"(?m)^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z ")
+
+
+def plain(form: str, text: bytes) -> bytes:
+    """Return the output of which a log in that format is."""
+    if form == "timestamps":
+        return STAMP.sub(b"", text)
+    return b"".join(json.loads(line)["text"].encode() for line in text.splitlines())
+
+
+def all_of(folder: Path, form: str) -> bytes:
+    """Return the output in all files of log0, oldest first; that of half a file when one moves."""
+    parts = []
+    for name, _ in archive.files(str(folder / "log0")):
+        with suppress(FileNotFoundError):
+            data = Path(name).read_bytes()
+            parts.append(plain(form, gzip.decompress(data) if name.endswith(".gz") else data))
+    return b"".join(parts)
+
+
+@pytest.mark.parametrize("form", ["timestamps", "json"])
+def test_a_worker_that_is_killed_leaves_no_trace_in_lines(
+    daemon: StartDaemon, folder: Path, form: str
+) -> None:
+    """With buffers under way, and another file begun all the time, which is compressed."""
+    running = daemon(
+        "unix",
+        1,
+        *("--log-file", str(folder / "log"), "--log-format", form, "--log-compress"),
+        *("--log-max-bytes", "65536", "--log-keep", "99"),
+    )
+    data = numbered(4 * AT_ONCE)
+    with boot(running) as console:
+        write_amid_deaths(running, console, data)
+        until(lambda: len(all_of(folder, form)) >= len(data), "the logs are too short")
+        until(lambda: [*folder.glob("log0.*.gz")], "none is ever compressed")
+    assert_same(all_of(folder, form), data)
+
+
+def test_old_files_are_compressed_and_kept_within_a_total(
+    daemon: StartDaemon, folder: Path
+) -> None:
+    """What is left of them is the end of what the guest wrote, without a gap."""
+    running = daemon(
+        "unix",
+        1,
+        *("--log-file", str(folder / "log"), "--log-compress", "--no-log-times"),
+        *("--log-max-bytes", "65536", "--log-total-bytes", "600000"),
+    )
+    data = noise(2 * MIB)
+    with boot(running) as console:
+        for start in range(0, len(data), MIB // 16):
+            console.write(data[start : start + MIB // 16], depth=16)
+            until(lambda: small(folder / "log0"), "it is never rotated")
+        console.write(b"the end")
+        until(lambda: (folder / "log0").read_bytes().endswith(b"the end"), "it is not written")
+
+        def settled() -> bool:
+            old = [name for name, _ in archive.files(str(folder / "log0"))][:-1]
+            return all(name.endswith(".gz") for name in old)
+
+        until(settled, "not all are compressed")
+        names = [name for name, _ in archive.files(str(folder / "log0"))]
+        assert sum(os.stat(name).st_size for name in names) <= 600000
+        kept = b"".join(
+            gzip.decompress(Path(name).read_bytes())
+            if name.endswith(".gz")
+            else Path(name).read_bytes()
+            for name in names
+        )
+        assert len(kept) > 200000
+        assert_same(kept, (data + b"the end")[-len(kept) :])
+
+
+def test_another_file_is_begun_as_time_goes_by(daemon: StartDaemon, folder: Path) -> None:
+    """Each second, of a guest that writes once and is quiet after that."""
+    running = daemon("unix", 1, *("--log-file", str(folder / "log"), "--log-max-age", "1s"))
+    with boot(running) as console:
+        console.write(b"first")
+        until((folder / "log0.1").exists, "it is never too old")
+        until(lambda: in_order(folder) == b"first", "it is not all there")
+        console.write(b"second")
+        until((folder / "log0.2").exists, "it is never too old")
+    assert in_order(folder) == b"firstsecond"
+
+
+def test_the_index_says_when_output_came(daemon: StartDaemon, folder: Path) -> None:
+    """And where it is in the journal, also when its worker was killed soon after that."""
+    running = daemon("unix", 1, "--log-file", str(folder / "log"))
+    index = folder / "log0.times"
+    begun = time.time_ns()
+    with boot(running) as console:
+        console.write(b"one")
+        logged(running, b"one")
+        running.kill_worker()
+        until(lambda: index.exists() and index.stat().st_size == 32, "there is no entry")
+        size, journal, offset, at = struct.unpack("<4Q", index.read_bytes())
+        assert (size, offset) == (0, 0)
+        assert journal
+        assert begun <= at <= time.time_ns()
+
+
+def test_tail_follows_a_log_into_each_of_its_files(daemon: StartDaemon, folder: Path) -> None:
+    """What `tail -F` prints is what the guest wrote, if no file goes between two of its looks.
+
+    It looks every 10 ms: with inotify it may miss what comes just before it watches a new file.
+    """
+    running = daemon(
+        "unix",
+        1,
+        *("--log-file", str(folder / "log"), "--log-compress", "--log-max-bytes", "4096"),
+    )
+    data = numbered(60 * 2048)
+    (folder / "log0").touch()
+    with (
+        boot(running) as console,
+        subprocess.Popen(
+            ["tail", "-n", "+1", "-s", "0.01", "---disable-inotify", "-F", folder / "log0"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as tail,
+    ):
+        assert tail.stdout is not None
+        try:
+            seen = b""
+            for start in range(0, len(data), 2048):
+                console.write(data[start : start + 2048])
+                while len(seen) < start + 2048:
+                    deadline = time.monotonic() + WITHIN
+                    wait_readable(tail.stdout.fileno(), deadline, "tail has not got so far")
+                    seen += os.read(tail.stdout.fileno(), 65536)
+        finally:
+            tail.kill()
+    assert_same(seen, data)
+    assert len([*archive.files(str(folder / "log0"))]) > 2
 
 
 # Another configuration

@@ -7,24 +7,35 @@ takes no more than it has room for, so that there is none.
 
 A worker opens nothing. The master opens the file, with O_APPEND, and a new one for each rotation;
 each has a *generation*, which counts up. A record in shared memory says at each moment what is
-about to be written, and where; the size of the file says how much of it was.
+about to be written, and where; the size of the file says how much of it was. What is not in the
+file as it is in the journal, since a time comes before each line, lies ready in shared memory, too,
+until all of it is written: once it does, it is what the record speaks of, and no longer the bytes
+that it was made of.
 
-The record is 16 words, u64, native byte order: word 0 chooses the state in words 1 to 6 or that in
-words 9 to 14. A state: generation (0: there is none), the file's size when it was stored, the
+The record is u64 words, native byte order: word 0 chooses the state in words 1 to 7 or that in
+words 8 to 14. A state: generation (0: there is none), the file's size when it was stored, the
 journal's offset of the next byte, the size of a gap whose notice comes before that or 0, how many
-bytes of the notice are written, how many bytes are being written now (of the notice, if there is
-one, else of the journal).
+bytes of the notice, or of the text that lies ready, are written, how many bytes are being written
+now (of the notice, if there is one, else of the text, if there is one, else of the journal), and
+four times the text's size, plus 1 if it ends within a line, plus 2 if it began so.
+
+Behind it is what the master puts in the index of times: how many entries there ever were, and the
+last of them, in turn: see `ledger.LogEntry`. The text has the rest of the memory.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 
+from ...config import LogFormat
 from ...journal import Output
+from ...ledger import LOG_ENTRIES, LOG_INDEX
 from ..poller import Poller
 from .base import gap
+from .lines import LONGEST_LINE, MOST_TEXT, STAMP_BYTES, gap_object, objects, stamped
 
 #: How often a file that cannot be written is tried again.
 _RETRY_S = 1.0
@@ -32,12 +43,25 @@ _RETRY_S = 1.0
 #: More than any offset.
 _NO_LIMIT = (1 << 63) - 1
 
-#: What a record takes in shared memory.
-RECORD_BYTES = 128
+#: An object is written of a line that has no end yet after so long.
+_LINE_S = 1.0
+
+#: So far apart are the entries of the index, at least.
+_ENTRY_NS = 10_000_000
+
+#: What a log has in shared memory, and where in it the index and the text are.
+RECORD_BYTES = 40960
+_TEXT_AT = RECORD_BYTES - MOST_TEXT
 
 #: Where the two states begin.
-_STATES = (1, 9)
-_STATE_WORDS = 6
+_STATES = (1, 8)
+_STATE_WORDS = 7
+
+#: What is made into text at a time.
+_CHUNK = 8192
+
+#: What is said of a text beside its size.
+_ENDS_WITHIN, _BEGAN_WITHIN = 1, 2
 
 
 class Log:
@@ -47,7 +71,8 @@ class Log:
     that a predecessor may have been writing, and the newest, which all that follows goes to.
     `changed` is called when a file has `limit` bytes (0: never), cannot be written, or can again.
     `generation` and `size` (bytes) are those of the file that is written, `missed` counts the bytes
-    that gave way, `failing` says that the file cannot be written now.
+    that gave way, `failing` says that the file cannot be written now. With `times` the index gets
+    entries.
     """
 
     def __init__(
@@ -60,21 +85,35 @@ class Log:
         poller: Poller,
         log: logging.LoggerAdapter[logging.Logger],
         changed: Callable[[], None],
+        *,
+        form: LogFormat = LogFormat.RAW,
+        times: bool = False,
     ) -> None:
         self.name = name
         self.missed = 0
         self.failing = False
         self._output = output
-        self._record = words = record.cast("Q")
+        self._record = words = record[: LOG_INDEX.start].cast("Q")
+        self._index = record[LOG_INDEX].cast("Q")
+        self._memory = record[_TEXT_AT:]
+        self._form = form
+        self._times = times
+        self._noted = 0  # when the last entry was
+        self._urged = 0  # lines that begin before that offset are written though they have no end
+        self._examined = 0  # there is no more than half a line up to that offset
+        self._began = 0  # when that came
         self._most = limit
         self._log = log
         self._changed = changed
         self._full_told = 0
         self._meddled = False
         self._retry = poller.timer(self._try_again)
+        self._line = poller.timer(self._out_of_patience)
         at = _STATES[words[0]]
         state = words[at : at + _STATE_WORDS].tolist()
-        self.generation, self.size, self._offset, self._lost, self._told, self._under_way = state
+        self.generation, self.size, self._offset, self._lost = state[:4]
+        self._told, self._under_way, ready = state[4:]
+        self._ready, self._within = ready >> 2, ready & 3
         newest = max(files)
         self._fd = files.get(self.generation, -1)
         for generation, fd in files.items():
@@ -100,16 +139,20 @@ class Log:
     @property
     def served(self) -> bool:
         """Whether everything that can be written is."""
-        return self.failing or not (self._lost or self._offset < self._output.head)
+        done = max(self._offset, self._examined)
+        return self.failing or not (self._lost or self._ready or done < self._output.head)
 
     def begin_at(self, offset: int) -> None:
         """Go on there with an output that is still empty, and about to begin there."""
         self._offset = offset
+        self._examined = 0
         self._store(0)
 
     def flush(self) -> bool:
         """Write what is there; return whether some of it was written."""
         progress = False
+        if self._times and self._offset < self._output.head:
+            self._note()
         try:
             while self._retry.due is None and (data := self._next()):
                 count = os.write(self._fd, data)
@@ -135,22 +178,107 @@ class Log:
         """Return what is to be written next, and have the record say so."""
         output = self._output
         data: memoryview | bytes = b""
-        if not self._told:
+        if not (self._told or self._ready):
             more = max(0, output.tail - self._offset)
             self._lost += more
             self._offset += more
             self.missed += more
-        if self._lost:
+            if self._form is not LogFormat.RAW:
+                self._prepare()
+        if self._ready:
+            data = self._memory[self._told : self._ready]
+        elif self._lost:
             data = gap(self._lost)[self._told :]
-        elif self._offset < output.head:
+        elif self._form is LogFormat.RAW and self._offset < output.head:
             data = output.span(self._offset)
         if data:
             self._store(len(data))
         return data
 
+    def _prepare(self) -> None:
+        """Make a text of what comes next, if that is enough for one."""
+        head = self._output.head
+        urged = self._urged > self._offset
+        if not self._lost and (self._offset >= head or (head <= self._examined and not urged)):
+            return
+        now = time.time_ns()
+        begun = self._within & _ENDS_WITHIN
+        within, count = 0, 0
+        if self._lost:
+            if self._form is LogFormat.JSON:
+                text = gap_object(self._lost, self._offset, now)
+            else:
+                notice = gap(self._lost)
+                text = stamped(notice if begun else notice.lstrip(), bool(begun), now)
+        else:
+            data = self._peek(_CHUNK)
+            if self._form is LogFormat.JSON:
+                since = self._began if self._examined > self._offset else now
+                text, count = objects(data, self._offset, now, since, all_of_it=urged)
+                self._mind_rest(data[count:], since if not count else now)
+            else:
+                text = stamped(data, bool(begun), now)
+                while len(text) > MOST_TEXT:
+                    data = data[: len(data) // 2]
+                    text = stamped(data, bool(begun), now)
+                count = len(data)
+                within = 0 if data.endswith(b"\n") else _ENDS_WITHIN
+        if not text:
+            return
+        # Only what is stored next says that it is there, and that the bytes are not any more.
+        self._memory[: len(text)] = text
+        self._ready = len(text)
+        self._within = within | (_BEGAN_WITHIN if begun else 0)
+        self._offset += count
+        self._lost = 0
+
+    def _peek(self, most: int) -> bytes:
+        """Return the next bytes of the journal."""
+        data = bytes(self._output.span(self._offset)[:most])
+        if len(data) < min(most, self._output.head - self._offset):
+            data += bytes(self._output.span(self._offset + len(data))[: most - len(data)])
+        return data
+
+    def _mind_rest(self, rest: bytes, since: int) -> None:
+        """Let a line without an end wait for it, for a while."""
+        if rest and len(rest) < LONGEST_LINE:
+            self._examined = self._output.head
+            self._began = since
+            if self._line.due is None:
+                self._line.start(_LINE_S)
+        else:
+            self._line.stop()
+
+    def urge(self) -> bool:
+        """Do the same as `flush`, and write half a line, too."""
+        self._urged = self._output.head
+        return self.flush()
+
+    def _out_of_patience(self) -> None:
+        self.urge()
+
+    def _note(self) -> None:
+        """Make an entry of the index: what is written next came now."""
+        now = time.time_ns()
+        if 0 <= now - self._noted < _ENTRY_NS or self._lost or self._offset < self._output.tail:
+            return
+        self._noted = now
+        index = self._index
+        count = index[0]
+        at = 1 + count % LOG_ENTRIES * 4
+        index[at] = self.generation
+        index[at + 1] = self.size
+        index[at + 2] = self._offset
+        index[at + 3] = now
+        index[0] = count + 1
+
     def _wrote(self, count: int, size: int) -> None:
         """Go on behind `count` bytes of what is under way, in a file of `size` bytes."""
-        if not self._lost:
+        if self._ready:
+            self._told += count
+            if self._told >= self._ready:
+                self._ready = self._told = 0
+        elif not self._lost:
             self._offset += count
         elif self._told + count < len(gap(self._lost)):
             self._told += count
@@ -170,6 +298,7 @@ class Log:
         record[at + 3] = self._lost
         record[at + 4] = self._told
         record[at + 5] = under_way
+        record[at + 6] = self._ready << 2 | self._within
         record[0] = other  # one aligned store, which all of it counts from
 
     def _look(self) -> None:
@@ -217,6 +346,7 @@ class Log:
         """Write to another file from here on, if it is a newer one; `fd` is owned from now on."""
         if generation > self.generation:
             self._move(generation, fd)
+            self._changed()  # the one before is whole now
         else:
             os.close(fd)
 
@@ -228,7 +358,9 @@ class Log:
             if self._under_way:
                 self._say_meddled(self._under_way)
             self._wrote(self._under_way, self.size)
-        self._told = 0  # half a notice in one file is none
+        self._told = self._kept_of_text() if self._ready else 0  # half a notice in one file is none
+        if not self._ready:
+            self._within = 0  # each file begins with a time
         self._fd, self.generation = fd, generation
         self.size = os.lseek(fd, 0, os.SEEK_END)
         self._store(0)
@@ -236,13 +368,27 @@ class Log:
         if before >= 0:
             os.close(before)
 
+    def _kept_of_text(self) -> int:
+        """Return how much of the text need not be in another file: what of it is in this one.
+
+        Half an object is none, and neither is half a time.
+        """
+        line = bytes(self._memory[: self._told]).rfind(b"\n") + 1
+        if self._form is LogFormat.JSON:
+            return line
+        timed = line > 0 or not self._within & _BEGAN_WITHIN
+        return line if timed and self._told - line < STAMP_BYTES else self._told
+
     def end(self) -> None:
         """Write what is left, say what cannot be written, and close the file."""
+        self._urged = _NO_LIMIT
+        self._line.stop()
         if self._retry.due is None:
             self.flush()
         else:
             self._retry.fire()
         self._retry.stop()
+        self._line.stop()
         left = self._output.head - self._offset
         if left > 0:
             self._log.warning("the log %s lacks the last %d bytes", self.name, left)
