@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import resource
 import signal
 from collections.abc import Callable
 from itertools import pairwise
 
-from . import custody, worker
+from . import custody, logbook, worker
 from .config import Guest, Nested
 from .hosted import Hosted, theirs
-
-_log = logging.getLogger(__name__)
 
 Run = Callable[[Guest, worker.Inheritance], int]
 
@@ -88,15 +85,15 @@ def become_worker(run: Run, birth: Birth, blocked: set[int | signal.Signals]) ->
         kept = {0, 1, 2, guest.ledger, birth.health, heirlooms.custody, *heirlooms.held.values()}
         kept.update(fd for port in ports for fd in (port.journal, port.endpoint) if fd is not None)
         kept.update(fd for port in ports for fd in port.logs.values())
-        _close_others(kept)
+        _close_others(kept | logbook.fds())
         if not any(isinstance(port.backend, Nested) for port in guest.guest.ports):
             _leave_terminal()
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        _settle(guest.guest)
+        _settle(guest)
         status = run(guest.guest, heirlooms)
     except BaseException as error:  # a worker that falls must not become a second master
-        _log.error("%s: %s: %s", guest.guest.name, type(error).__name__, error)
-        _log.debug("%s: where it happened", guest.guest.name, exc_info=True)
+        guest.log.error("%s: %s", type(error).__name__, error)
+        guest.log.debug("where it happened", exc_info=True)
     finally:
         os._exit(status & 0xFF)
 
@@ -109,13 +106,13 @@ def _leave_terminal() -> None:
     os.close(null)
 
 
-def _settle(guest: Guest) -> None:
+def _settle(guest: Hosted) -> None:
     """Have this worker run where it shall; CPUs may have been taken away since that was checked."""
-    if guest.cpus:
+    if guest.guest.cpus:
         try:
-            os.sched_setaffinity(0, guest.cpus)
+            os.sched_setaffinity(0, guest.guest.cpus)
         except OSError as error:
-            _log.warning("%s: cannot be kept to its CPUs: %s", guest.name, error.strerror)
+            guest.log.warning("cannot be kept to its CPUs: %s", error.strerror)
 
 
 def _close_others(kept: set[int]) -> None:

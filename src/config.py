@@ -59,6 +59,9 @@ SOCKET_MODE = 0o600
 #: least bytes after which another one is begun.
 LOG_KEEP, MOST_LOGS_KEPT, SMALLEST_LOG = 5, 99, 4096
 
+#: The least and the most seconds after which `log-max-age` can have another file begun.
+SHORTEST_AGE, LONGEST_AGE = 1, 366 * 86400
+
 #: No Linux has more (NR_CPUS on x86-64).
 _MOST_CPUS = 8192
 
@@ -80,6 +83,28 @@ class Overflow(StrEnum):
 
     DROP = "drop"
     BLOCK = "block"
+
+
+class Typing(StrEnum):
+    """Whose typing counts among a port's plain connections; who attaches takes turns anyway.
+
+    With `FIRST` they take turns, too: the first, and the next one when that has left.
+    """
+
+    ALL = "all"
+    FIRST = "first"
+    NONE = "none"
+
+
+class LogFormat(StrEnum):
+    """What a log's file has of the output.
+
+    The very bytes; the same with an RFC 3339 time before each line; or a JSON object a line.
+    """
+
+    RAW = "raw"
+    TIMESTAMPS = "timestamps"
+    JSON = "json"
 
 
 class ResizeOrder(StrEnum):
@@ -147,12 +172,25 @@ Backend = Nested | Network | Unix | Pty
 class Log(msgspec.Struct, frozen=True):
     """A file for all that a port puts out.
 
-    At about `max_bytes` (0: never) another one is begun, and `keep` old ones stay.
+    At about `max_bytes`, and at each multiple of `max_age` seconds since 1970, UTC, (0: never)
+    another one is begun. `keep` old ones stay, less when all of them would have more than
+    `total_bytes` (0: any number), with `compress` as gzip files. With `times` an index beside a raw
+    file says when its bytes came.
     """
 
     path: str
     max_bytes: int = 0
     keep: int = LOG_KEEP
+    format: LogFormat = LogFormat.RAW
+    max_age: int = 0
+    compress: bool = False
+    total_bytes: int = 0
+    times: bool = True
+
+    @property
+    def indexed(self) -> bool:
+        """Whether there is an index of times: the other formats have them in the file."""
+        return self.times and self.format is LogFormat.RAW
 
 
 class Port(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,6 +204,7 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
     backend: Backend
     console: bool = True
     overflow: Overflow = Overflow.DROP
+    typing: Typing = Typing.ALL
     output_bytes: int = OUTPUT_BYTES
     input_bytes: int = INPUT_BYTES
     stall_ms: int = STALL_MS
@@ -222,6 +261,7 @@ class PortTable(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     path: str = ""
     link: str = ""
     overflow: Overflow | None = None
+    typing: Typing = Typing.ALL
     output_bytes: int = OUTPUT_BYTES
     input_bytes: int = INPUT_BYTES
     stall_ms: int = STALL_MS
@@ -237,6 +277,11 @@ class PortTable(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     log: str = ""
     log_max_bytes: int | None = None
     log_keep: int | None = None
+    log_format: LogFormat | None = None
+    log_max_age: str | None = None
+    log_compress: bool | None = None
+    log_total_bytes: int | None = None
+    log_times: bool | None = None
 
 
 class _GuestTable(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
@@ -295,7 +340,7 @@ def parse_port(text: str, where: str) -> PortTable:
     table: dict[str, object] = {}
     for item in text.split(","):
         key, _, value = item.partition("=")
-        if item in ("console", "insecure"):
+        if item in ("console", "insecure", "log-compress"):
             value = "true"
         elif not (key and value):
             raise ConfigError(f"{where}: {item!r} is not key=value")
@@ -474,11 +519,31 @@ def _backend(table: PortTable, where: str, tls: Tls | None) -> Backend:
             return Pty(table.link or None)
 
 
+#: The keys that say how a log is kept, as a PortTable has them.
+_LOG_KEYS = tuple(name for name in PortTable.__struct_fields__ if name.startswith("log_"))
+
+_AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def _age(text: str | None, where: str) -> int:
+    """Return the seconds in an age such as 12h; 0 for none. Raises ConfigError."""
+    if text is None or text == "0":
+        return 0
+    match = re.fullmatch("([0-9]{1,9})([smhd])", text)
+    if match is None:
+        raise ConfigError(f"{where}: log-max-age is {text!r}, not a time such as 30m, 12h or 1d")
+    seconds = int(match[1]) * _AGE_UNITS[match[2]]
+    if not SHORTEST_AGE <= seconds <= LONGEST_AGE:
+        raise ConfigError(f"{where}: log-max-age must be from 1s to 366d, not {text}")
+    return seconds
+
+
 def _log(table: PortTable, where: str) -> Log | None:
     """Return the log that `table` describes, if any."""
     if not table.log:
-        if (table.log_max_bytes, table.log_keep) != (None, None):
-            raise ConfigError(f"{where}: log-max-bytes and log-keep go with log")
+        given = [key for key in _LOG_KEYS if getattr(table, key) is not None]
+        if given:
+            raise ConfigError(f"{where}: {given[0].replace('_', '-')} goes with log")
         return None
     if "\0" in table.log or _base_name(table.log) in ("", ".", ".."):
         raise ConfigError(f"{where}: log names no file: {table.log!r}")
@@ -487,10 +552,26 @@ def _log(table: PortTable, where: str) -> Log | None:
         raise ConfigError(
             f"{where}: log-max-bytes must be 0 or at least {SMALLEST_LOG}, not {size}"
         )
-    keep = LOG_KEEP if table.log_keep is None else table.log_keep
+    total = table.log_total_bytes or 0
+    if total and not 0 < 2 * size <= total:
+        raise ConfigError(
+            f"{where}: log-total-bytes needs log-max-bytes of at most half as much: "
+            "what is written is not cut off"
+        )
+    # Within a total it is that which says how many.
+    keep = (MOST_LOGS_KEPT if total else LOG_KEEP) if table.log_keep is None else table.log_keep
     if not 0 <= keep <= MOST_LOGS_KEPT:
         raise ConfigError(f"{where}: log-keep must be from 0 to {MOST_LOGS_KEPT}, not {keep}")
-    return Log(table.log, size, keep)
+    return Log(
+        table.log,
+        size,
+        keep,
+        table.log_format or LogFormat.RAW,
+        _age(table.log_max_age, where),
+        bool(table.log_compress),
+        total,
+        table.log_times is not False,
+    )
 
 
 def _port(table: PortTable, port_id: int, where: str, access: Access, tls: Tls | None) -> Port:
@@ -514,6 +595,7 @@ def _port(table: PortTable, port_id: int, where: str, access: Access, tls: Tls |
         backend=_backend(table, where, tls),
         console=table.console,
         overflow=table.overflow or (Overflow.DROP if table.console else Overflow.BLOCK),
+        typing=table.typing,
         output_bytes=table.output_bytes,
         input_bytes=table.input_bytes,
         stall_ms=table.stall_ms,
@@ -645,6 +727,23 @@ def _guest(
     )
 
 
+def _other_files(log: Log) -> Iterator[str]:
+    """Yield what the names of a log's other files end with."""
+    if log.indexed:
+        yield "times"
+    if not (log.max_bytes or log.max_age):
+        return
+    yield "new"
+    if log.compress:
+        yield "gz.new"
+    for number in range(1, log.keep + 1):
+        yield f"{number}"
+        if log.compress:
+            yield f"{number}.gz"
+        if log.indexed:
+            yield f"{number}.times"
+
+
 def _addresses(guest: Guest) -> Iterator[tuple[str, str]]:
     """Yield every address that `guest` takes, and what for."""
     if guest.socket_path is not None:
@@ -660,9 +759,8 @@ def _addresses(guest: Guest) -> Iterator[tuple[str, str]]:
                 yield link, owner
         if port.log is not None:
             yield port.log.path, f"the log of {owner}"
-            if port.log.max_bytes:
-                for suffix in ("new", *range(1, port.log.keep + 1)):
-                    yield f"{port.log.path}.{suffix}", f"another log of {owner}"
+            for suffix in _other_files(port.log):
+                yield f"{port.log.path}.{suffix}", f"another log of {owner}"
 
 
 def _daemon(guests: Sequence[Guest], user: str | None) -> Daemon:
@@ -699,6 +797,7 @@ def from_options(
     packed: bool = False,
     cpus: str | None = None,
     max_clients: int = MOST_CLIENTS,
+    typing: Typing | None = None,
     socket_mode: str | None = None,
     socket_owner: str | None = None,
     socket_group: str | None = None,
@@ -713,6 +812,11 @@ def from_options(
     log_file: str | None = None,
     log_max_bytes: int | None = None,
     log_keep: int | None = None,
+    log_format: LogFormat | None = None,
+    log_max_age: str | None = None,
+    log_compress: bool | None = None,
+    log_total_bytes: int | None = None,
+    log_times: bool | None = None,
 ) -> Daemon:
     """Return the daemon that the command line's options describe; `ports` are those of `--port`.
 
@@ -749,14 +853,28 @@ def from_options(
     given_0 = any(table.id == 0 for _, table in tables)
     if given_0 and backend is not None:
         raise ConfigError("--backend describes port 0, and so does --port with id=0: give one")
+    if given_0 and typing is not None:
+        raise ConfigError(
+            "--typing is port 0's, which --port with id=0 describes: say typing= there"
+        )
     if log_file == "":
         raise ConfigError("--log-file is empty")
     if given_0 and log_file is not None:
         raise ConfigError(
             "--log-file is port 0's, which --port with id=0 describes: say log= there"
         )
-    if log_file is None and (log_max_bytes, log_keep) != (None, None):
-        raise ConfigError("--log-max-bytes and --log-keep go with --log-file")
+    kept = {
+        "log_max_bytes": log_max_bytes,
+        "log_keep": log_keep,
+        "log_format": log_format,
+        "log_max_age": log_max_age,
+        "log_compress": log_compress,
+        "log_total_bytes": log_total_bytes,
+        "log_times": log_times,
+    }
+    if log_file is None and any(value is not None for value in kept.values()):
+        option = next(key for key, value in kept.items() if value is not None)
+        raise ConfigError(f"--{option.replace('_', '-')} goes with --log-file")
     kind = backend or BackendKind.NESTED
 
     def everyones(table: PortTable) -> PortTable:
@@ -781,9 +899,9 @@ def from_options(
                 path=f"{path}.data" if kind is BackendKind.UNIX else "",
                 link=f"{pty_link}{index}" if pty_link else "",
                 log=f"{log_file}{index}" if log_file else "",
-                log_max_bytes=log_max_bytes,
-                log_keep=log_keep,
+                typing=typing or Typing.ALL,
             )
+            port_0 = msgspec.structs.replace(port_0, **kept)
             own.insert(0, (f"--backend {kind}", port_0))
         guests.append(
             _guest(

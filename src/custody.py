@@ -70,11 +70,31 @@ class LogFile(msgspec.Struct, frozen=True, tag=True):
     generation: int
 
 
+class Attach(msgspec.Struct, frozen=True, array_like=True):
+    """How somebody attaches who speaks the attachment protocol.
+
+    They go on at offset `since` of the journal numbered `journal`, if that is the port's, else that
+    many bytes before the end, `replay`, None for all that is kept. `write` asks for the writer's
+    role. Their terminal has `columns` and `rows`, 0 where it is not known. Those who only `look`
+    are nobody to the guest and to the others: they hold nothing, and what they read stays unread.
+    """
+
+    name: str
+    write: bool
+    replay: int | None
+    since: int | None
+    journal: int
+    columns: int
+    rows: int
+    look: bool = False
+
+
 class ClientCame(msgspec.Struct, frozen=True, tag=True):
     """Somebody connected to port number `port`: the descriptor that comes along, kept as `key`."""
 
     port: int
     key: int
+    attach: Attach | None = None
 
 
 class FrontendCame(msgspec.Struct, frozen=True, tag=True):
@@ -217,23 +237,32 @@ def _message(
         raise ValueError(f"what was said makes no sense: {error}") from None
 
 
-def _receive(sock: socket.socket) -> tuple[bytes, list[int]] | None:
-    try:
-        # Python's recv_fds forgets its flags (3.11), and these must not be inherited for a moment.
-        data, ancillary, flags, _ = sock.recvmsg(
-            _LARGEST,
-            socket.CMSG_SPACE((MOST_FDS + 1) * array("i").itemsize),
-            socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT,
-        )
-    except BlockingIOError:
-        return None
-    if not data:
-        raise ConnectionResetError("the other side is gone")
+def receive_fds(sock: socket.socket, size: int) -> tuple[bytes, list[int], bool]:
+    """Return up to `size` bytes, the descriptors that came along, and whether some had no room.
+
+    Raises BlockingIOError when there is nothing.
+    """
+    # Python's recv_fds forgets its flags (3.11), and these must not be inherited for a moment.
+    data, ancillary, flags, _ = sock.recvmsg(
+        size,
+        socket.CMSG_SPACE((MOST_FDS + 1) * array("i").itemsize),
+        socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT,
+    )
     fds = array("i")
     for level, kind, body in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             fds.frombytes(body[: len(body) // fds.itemsize * fds.itemsize])
-    if flags & socket.MSG_CTRUNC:
+    return data, fds.tolist(), bool(flags & socket.MSG_CTRUNC)
+
+
+def _receive(sock: socket.socket) -> tuple[bytes, list[int]] | None:
+    try:
+        data, fds, truncated = receive_fds(sock, _LARGEST)
+    except BlockingIOError:
+        return None
+    if not data:
+        raise ConnectionResetError("the other side is gone")
+    if truncated:
         close(fds)
         if data == _IN_A_FILE:
             raise ConnectionAbortedError("no descriptor is left for its message")
@@ -244,10 +273,10 @@ def _receive(sock: socket.socket) -> tuple[bytes, list[int]] | None:
         except (OSError, ValueError):
             close(fds)
             raise
-    return data, fds.tolist()
+    return data, fds
 
 
-def _contents(fds: array[int]) -> bytes:
+def _contents(fds: list[int]) -> bytes:
     """Take the last of these descriptors, and return what is in its file."""
     if not fds:
         raise ValueError("what was said is in a file that did not come")

@@ -13,6 +13,9 @@ import msgspec
 
 _LENGTH = struct.Struct("<I")
 
+#: Upper bounds of the buckets that service times are counted in, in nanoseconds: 4 µs to 1 s.
+SERVICE_NS = tuple(1 << exponent for exponent in range(12, 31))
+
 #: A record of 127 ports with long names is under 64 KiB; more than this is not a record.
 _LARGEST = 1 << 16
 
@@ -40,6 +43,7 @@ class PortHealth(msgspec.Struct, array_like=True, kw_only=True):
     guest has come with the port: absent, added, ready or failed. `open` says that a program in the
     guest has it open, `host_open` that the guest was told somebody is there on this side. `held`
     says that a buffer of the guest's waits for room in the journal. `log` is None without a log.
+    `lag` is how far the reader that is furthest behind has yet to read.
     """
 
     id: int
@@ -58,6 +62,7 @@ class PortHealth(msgspec.Struct, array_like=True, kw_only=True):
     held: bool = False
     size_by: str = ""
     log: LogHealth | None = None
+    lag: int = 0
 
 
 class Privileges(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +104,8 @@ class Health(msgspec.Struct, array_like=True, kw_only=True):
     is connected. `sessions` counts frontends so far, `kicks` and `calls` notifications, `chains`
     completed buffers, `refused` messages and frontends turned away, `broken` stopped virtqueues,
     `ignored` control messages that made no sense. `privileges` is None until it is confined.
+    `services` counts, by `service_bucket`, how often what woke the worker up took how long
+    until all of it was where it belongs and the guest was told, and `service_ns` sums that up.
     """
 
     frontend: int | None = None
@@ -111,6 +118,14 @@ class Health(msgspec.Struct, array_like=True, kw_only=True):
     ignored: int = 0
     ports: list[PortHealth] = []
     privileges: Privileges | None = None
+    services: list[int] = []
+    service_ns: int = 0
+
+
+def service_bucket(took_ns: int) -> int:
+    """Return which of `Health.services` counts this time: by `SERVICE_NS`, the last any longer."""
+    least, most = SERVICE_NS[0].bit_length(), len(SERVICE_NS)
+    return min(max((took_ns - 1).bit_length() + 1 - least, 0), most)
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -5,20 +5,24 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from . import custody, journal, monitor, porter, tls
+from . import custody, journal, ledger, monitor, porter, tls
 from .config import Guest, Port, PortTable, Pty, with_port, without_port
 from .endpoints import Endpoint, Endpoints, Inherited, KeptEndpoints
 from .errors import ConfigError, ConsoleError
-from .health import Decoder, Health, PortHealth
+from .events import About
+from .health import SERVICE_NS, Decoder, Health, PortHealth
 from .logs import LogFiles
 from .porter import Line, Porter
 from .supervision import State, Supervisor
+from .worker import can_resume
 
 if TYPE_CHECKING:
     import psutil
@@ -48,6 +52,7 @@ class SavedGuest(msgspec.Struct, array_like=True, kw_only=True):
     decoder: bytes
     line: int | None
     behind: bool
+    cpu_before: float = 0.0
 
     def fds(self) -> set[int]:
         """Return all descriptors."""
@@ -79,6 +84,7 @@ class Hosted:
         now: float,
     ) -> None:
         self.guest = guest
+        self.log = About(_log, guest.name)
         self.gateway = gateway
         self.endpoints = endpoints
         self.ledger = ledger_fd
@@ -86,6 +92,7 @@ class Hosted:
         self.journals: dict[int, int] = {}
         self.logs: dict[int, LogFiles] = {}
         self._kept_logs: dict[int, dict[int, int]] = {}  # of another program
+        self._noted: dict[int, int] = {}  # how many entries of each log's index are known
         self.sizes: dict[int, custody.Resize] = {}
         self.supervisor = Supervisor(now)
         self.crashes = 0
@@ -106,6 +113,7 @@ class Hosted:
         self.process: psutil.Process | None = None
         self.sampled = (now, 0.0)  # when, and the processor seconds used until then
         self.cpu = 0.0
+        self.cpu_before = 0.0  # seconds that workers used which are gone
 
     def retire_counters(self) -> None:
         """Add a dead worker's counters to those before it: a successor counts from 0."""
@@ -153,6 +161,7 @@ class Hosted:
                     missed=total.missed,
                     discarded=total.discarded,
                     stalls=total.stalls,
+                    lag=now.lag,
                     columns=now.columns,
                     rows=now.rows,
                     size_by=monitor.text(now.size_by),
@@ -166,7 +175,7 @@ class Hosted:
     def describe(self, now: float) -> monitor.GuestStatus:
         """Return what `status` says of it."""
         alive = self.pid is not None
-        rss, cpu = self._sample(now)
+        rss, cpu, cpu_seconds = self._sample(now)
         total = self.total()
         return monitor.GuestStatus(
             name=monitor.text(self.guest.name),
@@ -190,16 +199,25 @@ class Hosted:
             max_ports=self.guest.max_ports,
             privileges=self.health.privileges if alive else None,
             ports=self.ports(),
+            cpu_seconds=cpu_seconds,
+            services=monitor.Services(
+                bounds=[bound / 1e9 for bound in SERVICE_NS],
+                counts=_whole(total.services),
+                seconds=total.service_ns / 1e9,
+            ),
         )
 
-    def _sample(self, now: float) -> tuple[int | None, float | None]:
-        """Return the worker's resident bytes and its processor share since the last sample."""
+    def _sample(self, now: float) -> tuple[int | None, float | None, float | None]:
+        """Return how much the worker uses, None each where that cannot be known.
+
+        Its resident bytes, its processor share since the last sample, and all workers' seconds.
+        """
         if self.pid is None:
-            return None, None
+            return None, None, round(self.cpu_before, 6)
         try:
             import psutil  # only who asks for a status pays for it
         except (ImportError, OSError):  # no descriptor left to load it with
-            return None, None
+            return None, None, None
         try:
             if self.process is None:
                 self.process = psutil.Process(self.pid)
@@ -207,14 +225,14 @@ class Hosted:
                 rss = self.process.memory_info().rss
                 times = self.process.cpu_times()
         except (psutil.Error, OSError):
-            return None, None
+            return None, None, None
         then, used = self.sampled
         total = times.user + times.system
         # The kernel counts in ticks of 10 ms: a shorter span would say 0 or 100 %.
         if now - then >= 0.1:
             self.cpu = round(100 * (total - used) / (now - then), 1)
             self.sampled = (now, total)
-        return rss, self.cpu
+        return rss, self.cpu, round(self.cpu_before + total, 6)
 
     def tell(self, order: custody.Order, fds: Sequence[int] = ()) -> None:
         """Send an order to the worker; raises ConsoleError when there is none or it is stuck."""
@@ -280,6 +298,7 @@ class Hosted:
         os.close(self.journals.pop(port.id))
         if (log := self.logs.pop(port.id, None)) is not None:
             log.close()
+        self._noted.pop(port.id, None)
         del self.past[port.id]
         self.sizes.pop(port.id, None)
 
@@ -294,6 +313,50 @@ class Hosted:
         order = custody.Resize(port.id, columns, rows)
         self.tell(order)
         self.sizes[port.id] = order
+
+    def attach(self, request: monitor.Attach, fds: list[int]) -> monitor.Done:
+        """Hand the connection that came with a request to the worker; raises ConsoleError."""
+        port = self._console() if request.port is None else self.port(request.port)
+        if len(fds) != 1 or not _is_pair(fds[0]):
+            raise ConsoleError("to attach, one end of a SOCK_SEQPACKET pair has to come along")
+        if not self.resumable:
+            raise ConsoleError(
+                f"{self.guest.name} is still served by an older program, which knows no attaching:"
+                f" after `kill -9 {self.pid}` a new one serves, and the frontend has to come again"
+            )
+        if self.supervisor.state is State.FINISHED or self.porter.crowded:
+            raise ConsoleError(f"{self.guest.name}: nobody can attach now")
+        told = custody.Attach(
+            name="".join(char if char.isprintable() else "?" for char in request.name),
+            write=request.write,
+            replay=request.replay,
+            since=request.since,
+            journal=request.journal,
+            columns=request.columns,
+            rows=request.rows,
+            look=request.look,
+        )
+        self.porter.take_in(port.id, socket.socket(fileno=fds.pop()), told)
+        return monitor.Done(f"attached to {self.guest.name}, port {port.id}")
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a worker of this program can go on with what the last one has left."""
+        return ledger.is_known(self.ledger) and can_resume(self.porter.snapshot)
+
+    def begin_anew(self) -> None:
+        """Forget what the last worker has left; raises OSError."""
+        made = ledger.create(self.guest.name)
+        os.close(self.ledger)
+        self.ledger = made
+        self.porter.forget()
+
+    def _console(self) -> Port:
+        """Return the port that people mean who name none."""
+        consoles = [port for port in self.guest.ports if port.console]
+        for port in consoles or self.guest.ports:
+            return port
+        raise ConsoleError(f"{self.guest.name} has no port")
 
     def repeat_sizes(self) -> None:
         """Tell a new worker what its predecessors were told."""
@@ -326,6 +389,7 @@ class Hosted:
             decoder=self.decoder.rest,
             line=None if self.line is None else self.line.sock.fileno(),
             behind=self.line is not None and self.line.behind,
+            cpu_before=self.cpu_before,
         )
 
     def resume(self, saved: SavedGuest) -> None:
@@ -340,6 +404,7 @@ class Hosted:
         self.sizes = {size.port: size for size in saved.sizes if size.port in kept}
         self.past.update({port.id: port for port in saved.past if port.id in kept})
         self.before, self.health = saved.before, saved.health
+        self.cpu_before = saved.cpu_before
         if saved.pid is not None:
             self.supervisor = Supervisor.resume(saved.supervisor)
         self.crashes = saved.crashes
@@ -375,12 +440,49 @@ class Hosted:
             now = next((port.log for port in self.health.ports if port.id == port_id), None)
             if now is None:
                 continue
+            self._collect_times(port_id, log)
             log.settled(now.generation)
             most = log.described.max_bytes
             if most and now.size >= most and now.generation == log.newest:
                 log.rotate()
             if now.generation < log.newest:
                 self._tell_log(port_id, log)
+            log.mind()
+
+    def age_logs(self) -> float | None:
+        """Begin another file where one's time is over; return when the next one's is, in seconds.
+
+        None for never.
+        """
+        for port_id, log in self.logs.items():
+            if log.grow_old():
+                self._tell_log(port_id, log)
+        return min(
+            (left for log in self.logs.values() if (left := log.left) is not None), default=None
+        )
+
+    def reap_logs(self) -> None:
+        """See which old files are compressed, after SIGCHLD, and go on with others."""
+        for log in self.logs.values():
+            log.reap()
+            log.mind()
+
+    def stop_logs(self) -> None:
+        """Leave nobody at work on old files, for now."""
+        for log in self.logs.values():
+            log.stop()
+
+    def collect_times(self) -> None:
+        """Have all indices know what the worker has noted."""
+        for port_id, log in self.logs.items():
+            self._collect_times(port_id, log)
+
+    def _collect_times(self, port_id: int, log: LogFiles) -> None:
+        if log.described.indexed:
+            known = self._noted.get(port_id, 0)
+            self._noted[port_id], entries = ledger.log_entries(self.ledger, port_id, known)
+            if entries:
+                log.note(entries, journal.number(self.journals[port_id]))
 
     def _tell_log(self, port_id: int, log: LogFiles) -> None:
         # One that cannot be told is told after its next report; a successor inherits all of them.
@@ -424,6 +526,14 @@ class Hosted:
         os.close(self.ledger)
 
 
+def _is_pair(fd: int) -> bool:
+    sock = socket.socket(fileno=fd)
+    try:
+        return (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    finally:
+        sock.detach()
+
+
 def theirs(port: Port, endpoint: Endpoint) -> int | None:
     """Return the endpoint's descriptor if it is the worker who looks for clients there."""
     return endpoint.fd if isinstance(port.backend, Pty) else None
@@ -450,6 +560,14 @@ def _add_guest(total: Health, more: Health) -> None:
     total.refused += more.refused
     total.broken += more.broken
     total.ignored += more.ignored
+    total.services = [*map(sum, zip_longest(total.services, more.services, fillvalue=0))]
+    total.service_ns += more.service_ns
+
+
+def _whole(services: list[int]) -> list[int]:
+    """Return a count for every bucket, also of workers of a version that had more or fewer."""
+    most = len(SERVICE_NS)
+    return [*services[:most], *[0] * (most - len(services)), sum(services[most:])]
 
 
 def identity(guest: Guest) -> str:

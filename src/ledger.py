@@ -2,7 +2,8 @@
 
 One memory file, made by the master and inherited by each worker in turn. A page belongs to each
 virtqueue, some pages to each port for what its clients have got and given (`records`, zeros at
-first; the console's side says what they hold).
+first; the console's side says what they hold), and some for its log (`log`, of which `backends.log`
+says the same).
 
 The first word of a queue's page is the one place where buffers are committed: in a single 8-byte
 store it says how far the port's stream is *after* the pushes that are to become visible next, where
@@ -16,16 +17,24 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import sys
+from array import array
 from typing import NamedTuple
 
 _PAGE = 4096
 _QUEUES = 256
 _PORTS = 128
-_PORT_BYTES = 8 * _PAGE
+_RECORD_BYTES, _LOG_BYTES = 8 * _PAGE, 10 * _PAGE
+_PORT_BYTES = _RECORD_BYTES + _LOG_BYTES
 _BYTES = _QUEUES * _PAGE + _PORTS * _PORT_BYTES
 
 _LOW16 = 0xFFFF
 _LOW32 = 0xFFFF_FFFF
+
+#: Where in a port's `log` the index's entries are: their number, and the last of them in turn.
+LOG_INDEX = slice(128, 2 * _PAGE)
+_ENTRY_WORDS = 4
+LOG_ENTRIES = (LOG_INDEX.stop - LOG_INDEX.start - 8) // (8 * _ENTRY_WORDS)
 
 #: Pushes that a page keeps: beside the word, two arrays of u32.
 MOST_PUSHES = _PAGE // 8 - 1
@@ -84,6 +93,11 @@ class Page:
         return Pending(word >> 16 & _LOW16, pushed, list(pushes))
 
 
+def is_known(fd: int) -> bool:
+    """Tell whether the ledger behind `fd` is as this version makes them."""
+    return os.fstat(fd).st_size == _BYTES
+
+
 class Ledger:
     """A mapped ledger.
 
@@ -104,6 +118,45 @@ class Ledger:
 
     def records(self, port_id: int) -> memoryview:
         """Return a port's 32768 bytes. Raises IndexError when there are none."""
+        return self._port(port_id)[:_RECORD_BYTES]
+
+    def log(self, port_id: int) -> memoryview:
+        """Return the 40960 bytes of a port's log. Raises IndexError when there are none."""
+        return self._port(port_id)[_RECORD_BYTES:]
+
+    def _port(self, port_id: int) -> memoryview:
         if not 0 <= port_id < _PORTS:
             raise IndexError(f"no ledger has records for port {port_id}")
         return self._view[_QUEUES * _PAGE + port_id * _PORT_BYTES :][:_PORT_BYTES]
+
+
+class LogEntry(NamedTuple):
+    """So many bytes had a log's file of that generation when the byte at that offset came.
+
+    `time` is in nanoseconds since 1970.
+    """
+
+    generation: int
+    size: int
+    offset: int
+    time: int
+
+
+def log_entries(fd: int, port_id: int, known: int) -> tuple[int, list[LogEntry]]:
+    """Return how many entries there ever were for a port's log, and those since `known` of them.
+
+    Only the last ones, where there is no room for all; none of another version's ledger. Maps
+    nothing; `fd` is a ledger's.
+    """
+    if not is_known(fd):
+        return known, []
+    at = _QUEUES * _PAGE + port_id * _PORT_BYTES + _RECORD_BYTES + LOG_INDEX.start
+    count = int.from_bytes(os.pread(fd, 8, at), sys.byteorder)
+    if count <= known:
+        return count, []
+    words = array("Q", os.pread(fd, 8 * _ENTRY_WORDS * LOG_ENTRIES, at + 8))
+    after = int.from_bytes(os.pread(fd, 8, at), sys.byteorder)
+    # One more may be about to be written, over the oldest.
+    first = max(known, after + 1 - LOG_ENTRIES)
+    numbers = (number % LOG_ENTRIES * _ENTRY_WORDS for number in range(first, count))
+    return count, [LogEntry(*words[number : number + _ENTRY_WORDS]) for number in numbers]

@@ -31,6 +31,7 @@ from . import (
     ledger,
     monitor,
     privileges,
+    reception,
     store,
     succession,
     systemd,
@@ -43,6 +44,7 @@ from .birth import STOPS, Birth, Run, become_worker
 from .config import Daemon, Guest, Nested, Network
 from .endpoints import Endpoints, Inherited, Kept, listen_unix
 from .errors import ConfigError, ConsoleError
+from .events import Happening
 from .health import Decoder
 from .hosted import (
     Hosted,
@@ -61,6 +63,9 @@ _log = logging.getLogger(__name__)
 
 #: What one worker may say before everybody else has a turn.
 _WORDS_AT_ONCE = 64
+
+#: The ages of logs are looked at so often at least: somebody may set the clock.
+_AGES_S = 60.0
 
 #: Seconds that a worker has to leave its guest to a successor.
 _LEAVE_WITHIN = 5.0
@@ -107,7 +112,7 @@ class _State(msgspec.Struct, array_like=True, kw_only=True):
     guests: list[SavedGuest]
     modes: list[int | list[bytes | int]] | None
     status_at: Kept | None
-    visitors: list[monitor.Visitor]
+    visitors: list[reception.Visitor]
     gateways: list[tuple[int, int]]
     store: store.Saved | None
 
@@ -214,6 +219,7 @@ class _Master:
         self._watchdog = self._alarms.new(self._watch)
         self._trial_over = self._alarms.new(self._end_trial)
         self._left = self._alarms.new(self._left_too_long)
+        self._ages = self._alarms.new(self._mind_ages)
         confine = partial(privileges.confine_gateway, all(g.sandbox for g in daemon.guests))
         gateways = [] if before is None else before.gateways
         self._gateway = tls.Gateway(self._selector, self._take_in, confine, gateways)
@@ -306,14 +312,14 @@ class _Master:
         else:
             self._due.append(guest)
 
-    def _listen(self, before: _State | None) -> monitor.Server | None:
+    def _listen(self, before: _State | None) -> reception.Server | None:
         kept, visitors = (None, []) if before is None else (before.status_at, before.visitors)
         try:
             self._status_at = kept or listen_unix(monitor.own_path(os.environ))
         except (OSError, ConfigError) as error:
             _log.warning("no status can be asked for: %s", error)
             return None
-        return monitor.Server(self._selector, self._status_at.fd, self._answer, visitors)
+        return reception.Server(self._selector, self._status_at.fd, self._answer, visitors)
 
     def _listen_no_more(self) -> None:
         if self._monitor is not None:
@@ -328,6 +334,7 @@ class _Master:
         self._tick()
         self._ready()
         self._watch()
+        self._mind_ages()
         for guest in self._guests:
             self._reap(guest)  # one of another program's may have ended meanwhile
         self._replace_next()
@@ -390,7 +397,7 @@ class _Master:
             case Action.TERMINATE:
                 self._signal(guest, signal.SIGTERM)
             case Action.KILL:
-                _log.warning("%s: its worker does not end: killed", guest.guest.name)
+                guest.log.warning("its worker does not end: killed")
                 self._signal(guest, signal.SIGKILL)
             case Action.NOTHING:
                 pass
@@ -418,6 +425,7 @@ class _Master:
             self._gateway.reap()
             for guest in self._guests:
                 self._reap(guest)
+                guest.reap_logs()
             self._judge()
 
     # Another program
@@ -451,7 +459,7 @@ class _Master:
         _log.error("nothing is reloaded: the command line would fail (%s)", _cause(status))
         self._ready()
 
-    def _state(self, visitors: list[monitor.Visitor]) -> _State:
+    def _state(self, visitors: list[reception.Visitor]) -> _State:
         """Return all that the next program goes on with."""
         return _State(
             guests=[each for guest in self._guests if (each := guest.save()) is not None],
@@ -469,9 +477,11 @@ class _Master:
             return
         visitors = [] if self._monitor is None else self._monitor.hand_over()
         state = self._state(visitors)
+        for guest in self._guests:
+            guest.stop_logs()
         # What comes until the next program has handlers waits for them.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        _log.info("begins anew")
+        _log.info("begins anew", extra=Happening.BEGINS_ANEW.extra)
         try:
             succession.hand_over(state, state.fds())
         except OSError as error:
@@ -488,7 +498,7 @@ class _Master:
             guest = self._due.pop(0)
             if guest.pid is None or guest.line is None:
                 continue
-            if not worker.can_resume(guest.porter.snapshot):
+            if not guest.resumable:
                 _log.warning(
                     "%s keeps its worker: this program cannot go on from what that one has saved",
                     guest.guest.name,
@@ -519,13 +529,19 @@ class _Master:
                 guest.asked = now
                 guest.line.send(custody.Ping())
             elif now - guest.asked >= self._watchdog_s / 2:
-                _log.error("%s: its worker does not answer: killed", guest.guest.name)
+                guest.log.error("its worker does not answer: killed")
                 guest.hung = True
                 self._signal(guest, signal.SIGKILL)
                 alive = False
         if alive:
             systemd.notify("WATCHDOG=1")
         self._watchdog.start(self._watchdog_s / 4)
+
+    def _mind_ages(self) -> None:
+        """Begin other logs where it is time, now and from now on."""
+        left = [each for guest in self._guests if (each := guest.age_logs()) is not None]
+        if left:
+            self._ages.start(max(0.0, min(_AGES_S, *left)))
 
     def _take_in(self, name: str, port: int, client: socket.socket) -> None:
         """Hand a client that came by TLS to its guest's worker."""
@@ -535,7 +551,7 @@ class _Master:
                 if not guest.porter.crowded:
                     guest.porter.take_in(port, client)
                     return
-                _log.warning("%s: port %d: a client was lost: too many come at once", name, port)
+                guest.log.warning("port %d: a client was lost: too many come at once", port)
         client.close()
 
     # Workers
@@ -549,6 +565,9 @@ class _Master:
         births = []
         for guest in guests:
             try:
+                if not guest.resumable:
+                    self._lose(guest, "no worker can go on from what the last one has saved")
+                    guest.begin_anew()
                 births.append(Birth(guest))
             except OSError as error:
                 self._stillborn(guest, error)
@@ -571,7 +590,7 @@ class _Master:
             self._born(birth)
 
     def _stillborn(self, guest: Hosted, error: OSError) -> None:
-        _log.error("%s: cannot start a worker: %s", guest.guest.name, error.strerror)
+        guest.log.error("cannot start a worker: %s", error.strerror)
         self._step(guest, Event.DIED)
 
     def _born(self, birth: Birth) -> None:
@@ -610,7 +629,7 @@ class _Master:
         except BlockingIOError:
             return
         except ValueError as error:
-            _log.error("%s: its worker's reports are ignored from now: %s", guest.guest.name, error)
+            guest.log.error("its worker's reports are ignored from now: %s", error)
         # The pipe stays open: its end would tell the worker that the master is gone.
         self._selector.unregister(guest.pipe)
         guest.heard = False
@@ -634,7 +653,7 @@ class _Master:
                 guest.line = None
                 guest.porter.end()
             if not isinstance(error, ConnectionResetError):
-                _log.error("%s: its worker cannot be followed: %s", guest.guest.name, error)
+                guest.log.error("its worker cannot be followed: %s", error)
                 self._signal(guest, signal.SIGKILL)
 
     def _deafen(self, guest: Hosted) -> None:
@@ -653,12 +672,14 @@ class _Master:
     def _reap(self, guest: Hosted) -> None:
         if guest.pid is None:
             return
-        pid, status = os.waitpid(guest.pid, os.WNOHANG)
+        pid, status, used = os.wait4(guest.pid, os.WNOHANG)
         if pid == 0:
             return
+        guest.cpu_before += used.ru_utime + used.ru_stime
         guest.pid = None
         guest.process = None
         self._hear(guest)
+        guest.collect_times()
         self._deafen(guest)
         guest.retire_counters()
         if self._terminal is not None:
@@ -673,7 +694,7 @@ class _Master:
             self._step(guest, Event.DONE)
             return
         guest.died = _cause(code)
-        _log.error("%s: its worker died: %s", guest.guest.name, guest.died)
+        guest.log.error("its worker died: %s", guest.died, extra=Happening.WORKER_DIED.extra)
         self._look_into(guest, code)
         self._step(guest, Event.DIED)
 
@@ -693,7 +714,7 @@ class _Master:
         guest.crashes = 0
         if guest.porter.frontend is None and not guest.porter.snapshot:
             return
-        _log.error("%s: frontend dropped: %s", guest.guest.name, why)
+        guest.log.error("frontend dropped: %s", why, extra=Happening.FRONTEND_DROPPED.extra)
         if not guest.porter.listening:
             self._status = 1
         guest.porter.lose()
@@ -714,14 +735,17 @@ class _Master:
 
     # Commands
 
-    def _answer(self, request: monitor.Request) -> monitor.Status | monitor.Done:
+    def _answer(self, request: monitor.Request, fds: list[int]) -> monitor.Status | monitor.Done:
         if isinstance(request, monitor.StatusRequest):
             return self._status_now()
         guest = self._find(request.guest)
+        if isinstance(request, monitor.Attach):
+            return guest.attach(request, fds)
         name = guest.guest.name
         match request:
             case monitor.PortAdd():
                 port = guest.add_port(request.port)
+                self._mind_ages()
                 endpoint = guest.endpoints.ports[port.id].name
                 said = f"port {port.id} of {name}, {port.name}, is at {endpoint}"
             case monitor.PortRemove():

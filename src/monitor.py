@@ -6,32 +6,20 @@ requests and gets one reply to each, in order.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import selectors
 import socket
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from typing import Annotated
 
 import msgspec
 
-from . import endpoints
-from .admission import Sparing, refusal
+from .claims import remove_if_stale
 from .config import PortTable
 from .errors import ConfigError, ConsoleError
 from .health import Privileges
-
-#: Clients served at once; one more takes the place of the oldest.
-MOST_CLIENTS = 16
-
-#: Bytes a request may have.
-LARGEST_REQUEST = 1 << 16
-
-#: Bytes of replies kept for a client that does not read them; then it is dropped.
-MOST_UNREAD = 1 << 22
 
 #: Seconds a daemon has to answer a command.
 ANSWER_WITHIN = 5.0
@@ -76,8 +64,27 @@ class Resize(msgspec.Struct, tag_field="type", tag="resize"):
     rows: _Characters
 
 
+class Attach(msgspec.Struct, tag_field="type", tag="attach", kw_only=True):
+    """Attach to a port, its id or its name, None for its guest's console.
+
+    With the request comes one end of a SOCK_SEQPACKET pair, on which the two sides talk as in
+    `attachment`. What the rest means stands at `custody.Attach`.
+    """
+
+    guest: str
+    port: str | None = None
+    name: Annotated[str, msgspec.Meta(max_length=64)]
+    write: bool = True
+    replay: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    since: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    journal: int = 0
+    columns: _Characters = 0
+    rows: _Characters = 0
+    look: bool = False
+
+
 Change = PortAdd | PortRemove | Resize
-Request = StatusRequest | Change
+Request = StatusRequest | Change | Attach
 
 
 class PortStatus(msgspec.Struct, kw_only=True):
@@ -107,6 +114,19 @@ class PortStatus(msgspec.Struct, kw_only=True):
     size_by: str
     log: str | None = None
     log_failing: bool = False
+    lag: int = 0
+
+
+class Services(msgspec.Struct, kw_only=True):
+    """How long it took to serve what woke a worker up, as in `health.Health`.
+
+    `counts` are how often it took no longer than each of `bounds`, in seconds, and longer than the
+    one before; the last count is for anything longer. `seconds` is the sum.
+    """
+
+    bounds: list[float]
+    counts: list[int]
+    seconds: float
 
 
 class GuestStatus(msgspec.Struct, kw_only=True):
@@ -116,6 +136,7 @@ class GuestStatus(msgspec.Struct, kw_only=True):
     resident bytes, `cpu` its share of one processor in percent since it was last asked, all None
     when there is no worker. `frontend` and what follows it are as in `health.Health`, the counters
     over all workers so far. `died` says why the last worker fell, None while none did.
+    `cpu_seconds` is what all workers have used, None when it cannot be had now.
     """
 
     name: str
@@ -139,6 +160,8 @@ class GuestStatus(msgspec.Struct, kw_only=True):
     privileges: Privileges | None = None
     died: str | None = None
     ports: list[PortStatus]
+    cpu_seconds: float | None = None
+    services: Services | None = None
 
 
 class Status(msgspec.Struct, tag_field="type", tag="status", kw_only=True):
@@ -170,6 +193,19 @@ _request: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
 _reply: msgspec.json.Decoder[Reply] = msgspec.json.Decoder(Reply)
 
 
+def encode(message: Request | Reply) -> bytes:
+    """Return `message` as the line that it is sent as."""
+    return _encoder.encode(message) + b"\n"
+
+
+def decode(line: bytearray) -> Request:
+    """Return the request that `line` is; raises ConsoleError."""
+    try:
+        return _request.decode(line)
+    except _UNREADABLE as error:
+        raise ConsoleError(str(error)) from error
+
+
 def plain(guests: list[GuestStatus]) -> object:
     """Return `guests` as lists and dicts, for json."""
     return msgspec.to_builtins(guests)
@@ -198,6 +234,12 @@ def folders(environ: Mapping[str, str], uid: int) -> list[str]:
 def _is_private(folder: str) -> bool:
     status = os.lstat(folder)
     return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
+
+
+def _is_trusted(status: os.stat_result) -> bool:
+    """Say whether nobody but this user and root can put anything into that folder."""
+    roots = status.st_uid == 0 and not status.st_mode & 0o022
+    return stat.S_ISDIR(status.st_mode) and (status.st_uid == os.geteuid() or roots)
 
 
 def own_path(environ: Mapping[str, str]) -> str:
@@ -234,12 +276,15 @@ def find(environ: Mapping[str, str]) -> list[str]:
     for folder in [*folders(environ, me), *(_others(environ) if me == 0 else [])]:
         with suppress(OSError):
             # Under a service manager the folder is the service's user's, which root may ask.
-            if me != 0 and not _is_private(folder):
+            if me != 0 and not _is_trusted(os.lstat(folder)):
                 continue
             for entry in os.scandir(folder):
-                inner = os.scandir(entry.path) if entry.is_dir(follow_symlinks=False) else [entry]
+                inner: Iterable[os.DirEntry[str]] = [entry]
+                if entry.is_dir(follow_symlinks=False):
+                    mine = me in (0, entry.stat(follow_symlinks=False).st_uid)
+                    inner = os.scandir(entry.path) if mine else []
                 found += [e.path for e in inner if _OWN_NAME.fullmatch(e.name)]
-    return [path for path in sorted(found) if not endpoints.remove_if_stale(path)]
+    return [path for path in sorted(found) if not remove_if_stale(path)]
 
 
 def ask(path: str) -> Status:
@@ -264,9 +309,20 @@ def change(path: str, request: Change) -> str:
     raise ConsoleError(reply.message if isinstance(reply, Failure) else f"no answer from {path}")
 
 
-def _exchange(path: str, request: Request) -> Reply:
+def attach(path: str, request: Attach, connection: socket.socket) -> None:
+    """Have the daemon behind the monitor socket `path` attach the other end of `connection`.
+
+    Which stays the caller's. Raises ConsoleError when it does not.
+    """
+    reply = _exchange(path, request, connection.fileno())
+    if not isinstance(reply, Done):
+        message = reply.message if isinstance(reply, Failure) else f"no answer from {path}"
+        raise ConsoleError(message)
+
+
+def _exchange(path: str, request: Request, *fds: int) -> Reply:
     try:
-        line = _encoder.encode(request) + b"\n"
+        line = encode(request)
     except UnicodeEncodeError as error:
         raise ConsoleError(f"{error.object!r} is not UTF-8: no daemon can be told of it") from None
     received = bytearray()
@@ -274,7 +330,9 @@ def _exchange(path: str, request: Request) -> Reply:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
             client.settimeout(ANSWER_WITHIN)
             client.connect(path)
-            client.sendall(line)
+            sent = socket.send_fds(client, [line], fds)
+            if sent < len(line):  # whoever has read it all may have answered, and hung up
+                client.sendall(line[sent:])
             while not received.endswith(b"\n"):
                 data = client.recv(1 << 16)
                 if not data:
@@ -288,155 +346,3 @@ def _exchange(path: str, request: Request) -> Reply:
         raise ConsoleError(f"cannot ask the daemon at {path}: {reason}") from error
     except _UNREADABLE as error:
         raise ConsoleError(f"no answer from {path}: {error}") from error
-
-
-class _Client:
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.received = bytearray()
-        self.unsent = bytearray()
-
-
-class Visitor(msgspec.Struct, array_like=True):
-    """A client that another program goes on with: what it asked and was not sent yet."""
-
-    fd: int
-    received: bytes
-    unsent: bytes
-
-
-class Server:
-    """Answers clients from the caller's selector, whose keys carry a callable as data.
-
-    Those are processes of the daemon's user or root; all others are hung up on.
-    `listener` is a non-blocking listening socket's descriptor, which stays the caller's. `answer`
-    may raise ConsoleError, whose text the client gets as a Failure.
-    """
-
-    def __init__(
-        self,
-        selector: selectors.BaseSelector,
-        listener: int,
-        answer: Callable[[Request], Status | Done],
-        visitors: Iterable[Visitor] = (),
-    ) -> None:
-        self._selector = selector
-        self._listener = listener
-        self._answer = answer
-        self._clients: dict[int, _Client] = {}
-        self._spare: int | None = None
-        self._refusals = Sparing()
-        self._take_spare()
-        selector.register(listener, selectors.EVENT_READ, self._accept)
-        for visitor in visitors:
-            client = self._welcome(socket.socket(fileno=visitor.fd))
-            client.received += visitor.received
-            client.unsent += visitor.unsent
-            self._flush(client)
-
-    def hand_over(self) -> list[Visitor]:
-        """Stop listening; return the clients, who are the caller's from now on."""
-        clients = [*self._clients.values()]
-        for client in clients:
-            self._selector.unregister(client.connection)
-        self._clients.clear()
-        self.close()
-        return [
-            Visitor(each.connection.detach(), bytes(each.received), bytes(each.unsent))
-            for each in clients
-        ]
-
-    def close(self) -> None:
-        """Drop every client and stop listening."""
-        self._selector.unregister(self._listener)
-        for client in list(self._clients.values()):
-            self._drop(client)
-        self._give_spare()
-
-    def _take_spare(self) -> None:
-        with suppress(OSError):
-            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-
-    def _give_spare(self) -> None:
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            os.close(spare)
-
-    def _accept(self) -> None:
-        borrowed = socket.socket(fileno=self._listener)
-        try:
-            connection, _ = borrowed.accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._turn_away(borrowed)
-            return
-        finally:
-            borrowed.detach()
-        # Who may reach the socket by its mode is not the question: only these may command.
-        if (why := refusal(connection, {0, os.geteuid()})) is not None:
-            connection.close()
-            self._refusals.warn(f"a command was refused: {why}")
-            return
-        if len(self._clients) >= MOST_CLIENTS:
-            self._drop(next(iter(self._clients.values())))
-        self._welcome(connection)
-
-    def _welcome(self, connection: socket.socket) -> _Client:
-        connection.setblocking(False)
-        client = _Client(connection)
-        self._clients[connection.fileno()] = client
-        self._selector.register(connection, selectors.EVENT_READ, lambda: self._serve(client))
-        return client
-
-    def _turn_away(self, listener: socket.socket) -> None:
-        """Hang up on a client there is no descriptor for, or the listener stays readable."""
-        self._give_spare()
-        with suppress(OSError):
-            listener.accept()[0].close()
-        self._take_spare()
-
-    def _drop(self, client: _Client) -> None:
-        del self._clients[client.connection.fileno()]
-        self._selector.unregister(client.connection)
-        client.connection.close()
-
-    def _serve(self, client: _Client) -> None:
-        if self._clients.get(client.connection.fileno()) is not client:
-            return  # dropped since it was found ready
-        try:
-            alive = self._flush(client) and self._read(client)
-        except OSError:
-            alive = False
-        if not alive:
-            self._drop(client)
-
-    def _read(self, client: _Client) -> bool:
-        try:
-            data = client.connection.recv(LARGEST_REQUEST)
-        except BlockingIOError:
-            return True
-        *requests, client.received = (client.received + data).split(b"\n")
-        for request in requests:
-            client.unsent += self._reply(request)
-            if not self._flush(client):
-                return False
-        return bool(data) and len(client.received) < LARGEST_REQUEST
-
-    def _reply(self, request: bytearray) -> bytes:
-        reply: Reply
-        try:
-            reply = self._answer(_request.decode(request))
-        except (*_UNREADABLE, ConsoleError) as error:
-            reply = Failure(text(str(error)))
-        return _encoder.encode(reply) + b"\n"
-
-    def _flush(self, client: _Client) -> bool:
-        """Send what can be sent; tell whether the client reads fast enough to be kept."""
-        with suppress(BlockingIOError):
-            while client.unsent:
-                del client.unsent[: client.connection.send(client.unsent)]
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.unsent else 0)
-        key = self._selector.get_key(client.connection)
-        if key.events != wanted:
-            self._selector.modify(client.connection, wanted, key.data)
-        return len(client.unsent) <= MOST_UNREAD

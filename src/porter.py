@@ -23,6 +23,7 @@ from .channel import Channel
 from .custody import Commit, FrontendCame, FrontendEvent, FrontendGone, FrontendSaid, Order, Vault
 from .endpoints import Endpoints
 from .errors import FrontendError
+from .events import About, Happening
 
 _log = logging.getLogger(__name__)
 
@@ -128,7 +129,7 @@ class Porter:
 
         `changed` is called when `save` has become another, before anybody is told.
         """
-        self._name = name
+        self._log = About(_log, name)
         self._changed = changed
         self._selector = selector
         self.vault = Vault()
@@ -220,9 +221,7 @@ class Porter:
         except (BlockingIOError, ConnectionAbortedError):
             return None
         except OSError as error:
-            _log.warning(
-                "%s: cannot take in whoever comes, next try in a second: %s", self._name, error
-            )
+            self._log.warning("cannot take in whoever comes, next try in a second: %s", error)
             for port in [*self._open]:
                 self._close_door(port)
             self._no_room.start(_NO_ROOM)
@@ -250,9 +249,9 @@ class Porter:
         """Whether as many clients as may be are on their way to the worker."""
         return len(self._arrivals) >= MOST_ARRIVALS
 
-    def take_in(self, port: int, sock: socket.socket) -> None:
+    def take_in(self, port: int, sock: socket.socket, attach: custody.Attach | None = None) -> None:
         """Hand a client of port number `port` to the worker."""
-        came = custody.ClientCame(port, self.vault.put(sock.detach()))
+        came = custody.ClientCame(port, self.vault.put(sock.detach()), attach)
         self._arrivals[came.key] = came
         self._changed()
         self._tell(came, [self.vault.fds[came.key]])
@@ -290,7 +289,7 @@ class Porter:
         try:
             self._line.send(order, fds)
         except OSError as error:
-            _log.error("%s: its worker cannot be told: %s", self._name, error)
+            self._log.error("its worker cannot be told: %s", error)
             if isinstance(order, FrontendSaid):
                 self.lose()
 
@@ -358,7 +357,7 @@ class Porter:
             self.refused += 1
             return
         if self._channel is not None:
-            _log.warning("%s: another frontend was refused: one is connected already", self._name)
+            self._log.warning("another frontend was refused: one is connected already")
             self.refused += 1
             sock.close()
             return
@@ -407,7 +406,7 @@ class Porter:
             )
             self._raise(said, [self.vault.fds[key] for key in keys])
         elif frontend.closed:
-            _log.info("%s: frontend disconnected", self._name)
+            self._log.info("frontend disconnected", extra=Happening.FRONTEND_DISCONNECTED.extra)
             self._let_go()
         else:
             self._listen_to(frontend)
@@ -428,7 +427,7 @@ class Porter:
         self._fail(f"a message was not whole after {MESSAGE_WITHIN:g} s")
 
     def _fail(self, why: str) -> None:
-        _log.error("%s: frontend dropped: %s", self._name, why)
+        self._log.error("frontend dropped: %s", why, extra=Happening.FRONTEND_DROPPED.extra)
         self._let_go()
 
     def _hang_up(self) -> None:
@@ -451,6 +450,12 @@ class Porter:
         self._event = None
         self.lost = True
         self._changed()
+
+    def forget(self) -> None:
+        """Let everybody go: nobody can go on with what the last worker has left."""
+        self.snapshot = b""
+        self.vault.keep([], self.vault.newest)
+        self.lose()
 
     def close(self) -> None:
         """Close every door and connection; the listeners are their owner's."""

@@ -12,6 +12,7 @@ from vhost_device_console.config import (
     Daemon,
     Guest,
     Log,
+    LogFormat,
     Nested,
     Network,
     Overflow,
@@ -768,6 +769,30 @@ def test_everything_about_a_log_can_be_said() -> None:
     assert port.log == Log("/l0", 4096, 0)
     port = ports("name=a,backend=pty,log=/l,log-max-bytes=5000,log-keep=99")[1]
     assert port.log == Log("/l0", 5000, 99)
+    kept = Log("/l0", 5000, 99, LogFormat.JSON, 43200, True, 10000, False)
+    (port,) = (
+        options(
+            log_file="/l",
+            log_max_bytes=5000,
+            log_format=LogFormat.JSON,
+            log_max_age="12h",
+            log_compress=True,
+            log_total_bytes=10000,
+            log_times=False,
+        )
+        .guests[0]
+        .ports
+    )
+    assert port.log == kept
+    text = (
+        "name=a,backend=pty,log=/l,log-max-bytes=5000,log-format=json,log-max-age=12h,log-compress,"
+        "log-total-bytes=10000,log-times=false"
+    )
+    assert ports(text)[1].log == kept
+    text = ONE + 'log = "/l"\nlog-max-age = "1d"\nlog-compress = true\nlog-times = false'
+    assert from_toml(text.encode(), "f.toml").guests[0].ports[0].log == Log(
+        "/l", max_age=86400, compress=True, times=False
+    )
     text = ONE + 'log = "/l"\nlog-max-bytes = 5000\nlog-keep = 2'
     assert from_toml(text.encode(), "f.toml").guests[0].ports[0].log == Log("/l", 5000, 2)
 
@@ -777,19 +802,48 @@ def test_everything_about_a_log_can_be_said() -> None:
     [
         ({"log_file": ""}, "--log-file is empty"),
         ({"log_file": "a\0"}, "log names no file: 'a\\x000'"),
-        ({"log_max_bytes": 4096}, "--log-max-bytes and --log-keep go with --log-file"),
-        ({"log_keep": 0}, "--log-max-bytes and --log-keep go with --log-file"),
+        ({"log_max_bytes": 4096}, "--log-max-bytes goes with --log-file"),
+        ({"log_keep": 0}, "--log-keep goes with --log-file"),
         ({"log_file": "/l", "log_max_bytes": 4095}, "must be 0 or at least 4096, not 4095"),
         ({"log_file": "/l", "log_max_bytes": -1}, "must be 0 or at least 4096, not -1"),
         ({"log_file": "/l", "log_keep": 100}, "log-keep must be from 0 to 99, not 100"),
         ({"log_file": "/l", "log_keep": -1}, "log-keep must be from 0 to 99, not -1"),
+        ({"log_compress": True}, "--log-compress goes with --log-file"),
+        (
+            {"log_file": "/l", "log_max_age": "soon"},
+            "log-max-age is 'soon', not a time such as 30m, 12h or 1d",
+        ),
+        (
+            {"log_file": "/l", "log_max_age": "400d"},
+            "log-max-age must be from 1s to 366d, not 400d",
+        ),
+        (
+            {"log_file": "/l", "log_total_bytes": 9999, "log_max_bytes": 5000},
+            "log-total-bytes needs log-max-bytes of at most half as much",
+        ),
+        (
+            {"log_file": "/l", "log_total_bytes": 9999},
+            "log-total-bytes needs log-max-bytes of at most half as much",
+        ),
+        (
+            {"log_file": "/l", "ports": ["name=a,backend=unix,path=/l0.times"]},
+            None,
+        ),
+        (
+            {"socket_path": "/l0.times", "log_file": "/l"},
+            None,
+        ),
+        (
+            {"ports": ["name=a,backend=pty,id=0"], "backend": None, "typing": "none"},
+            "--typing is port 0's, which --port with id=0 describes: say typing= there",
+        ),
         (
             {"ports": ["name=a,backend=pty,id=0"], "backend": None, "log_file": "/l"},
             "--log-file is port 0's, which --port with id=0 describes: say log= there",
         ),
         (
             {"ports": ["name=a,backend=pty,log-keep=1"]},
-            "--port 'name=a,backend=pty,log-keep=1': log-max-bytes and log-keep go with log",
+            "--port 'name=a,backend=pty,log-keep=1': log-keep goes with log",
         ),
         (
             {"log_file": "/l", "ports": ["name=a,backend=pty,log=/l"]},

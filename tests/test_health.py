@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace
 from vhost_device_console.config import LONGEST_NAME, MOST_PORTS
-from vhost_device_console.health import Decoder, Health, LogHealth, PortHealth, encode
+from vhost_device_console.health import (
+    SERVICE_NS,
+    Decoder,
+    Health,
+    LogHealth,
+    PortHealth,
+    encode,
+    service_bucket,
+)
 
 RECORD = Health(
     frontend=1234,
@@ -16,6 +24,8 @@ RECORD = Health(
     refused=5,
     broken=6,
     ignored=7,
+    services=[0, 1, 2],
+    service_ns=9000,
     ports=[
         PortHealth(
             id=0,
@@ -34,13 +44,14 @@ RECORD = Health(
             held=True,
             size_by="127.0.0.1:5",
             log=LogHealth(generation=2, size=1 << 40, failing=True),
+            lag=7,
         )
     ],
 )
 
 
 def test_a_record_is_a_length_and_a_messagepack_array() -> None:
-    assert encode(Health()) == b"\x0b\x00\x00\x00\x9a\xc0\x00\x00\x00\x00\x00\x00\x00\x90\xc0"
+    assert encode(Health()) == b"\x0d\x00\x00\x00\x9c\xc0" + bytes(7) + b"\x90\xc0\x90\x00"
 
 
 def test_a_port_is_an_array_within_it() -> None:
@@ -48,10 +59,10 @@ def test_a_port_is_an_array_within_it() -> None:
     port.state, port.held, port.size_by = "added", True, "x"
     port.log = LogHealth(generation=3, size=4, failing=False)
     assert encode(Health(frontend=5, ports=[port])) == (
-        b"\x28\x00\x00\x00"
-        b"\x9a\x05\x00\x00\x00\x00\x00\x00\x00"
-        b"\x91\xdc\x00\x10\x01\xa1a\xc3\x02\x00\x00\x00\x00\x00\x50\x18\xa5added\xc2\xc3\xa1x"
-        b"\x93\x03\x04\xc2\xc0"
+        b"\x2b\x00\x00\x00"
+        b"\x9c\x05\x00\x00\x00\x00\x00\x00\x00"
+        b"\x91\xdc\x00\x11\x01\xa1a\xc3\x02\x00\x00\x00\x00\x00\x50\x18\xa5added\xc2\xc3\xa1x"
+        b"\x93\x03\x04\xc2\x00\xc0\x90\x00"
     )
 
 
@@ -107,6 +118,32 @@ def test_a_length_beyond_any_record_is_refused_before_its_bytes_come() -> None:
 def test_bytes_that_are_no_record_are_refused(body: bytes) -> None:
     with pytest.raises(ValueError, match="not a health record"):
         next(Decoder().feed(len(body).to_bytes(4, "little") + body))
+
+
+def test_a_record_of_a_worker_that_knew_less_is_read() -> None:
+    port = b"\xdc\x00\x10\x01\xa1a\xc3\x02\x00\x00\x00\x00\x00\x50\x18\xa5added\xc2\xc3\xa1x\xc0"
+    body = b"\x9a\x05\x00\x00\x00\x00\x00\x00\x00\x91" + port + b"\xc0"
+    (record,) = Decoder().feed(len(body).to_bytes(4, "little") + body)
+    assert (record.frontend, record.services, record.service_ns) == (5, [], 0)
+    assert (record.ports[0].columns, record.ports[0].lag) == (80, 0)
+
+
+def test_a_record_of_a_worker_that_knew_more_is_read() -> None:
+    body = b"\x9d" + encode(RECORD)[5:] + b"\xa4more"
+    assert [*Decoder().feed(len(body).to_bytes(4, "little") + body)] == [RECORD]
+
+
+@pytest.mark.parametrize("bucket", range(len(SERVICE_NS)))
+def test_a_bucket_has_all_times_up_to_its_bound_and_above_the_one_before(bucket: int) -> None:
+    bound = SERVICE_NS[bucket]
+    assert service_bucket(bound) == bucket
+    assert service_bucket(bound // 2 + 1) == bucket
+    assert service_bucket(bound + 1) == bucket + 1
+
+
+@pytest.mark.parametrize(("took", "bucket"), [(0, 0), (1, 0), (1 << 62, len(SERVICE_NS))])
+def test_no_time_is_too_short_or_too_long_to_be_counted(took: int, bucket: int) -> None:
+    assert service_bucket(took) == bucket
 
 
 def test_records_before_one_that_is_none_are_not_lost() -> None:

@@ -385,7 +385,7 @@ def test_status_has_what_a_worker_reported(start: StartDaemon) -> None:
         """
 def run(guest, heirlooms):
     report(heirlooms, open=True, readers=2, output=10, input=20, missed=3, discarded=4, stalls=5,
-           columns=80, rows=24, state="ready", host_open=True, held=True, size_by="resize")
+           columns=80, rows=24, state="ready", host_open=True, held=True, size_by="resize", lag=9)
     return stopped()
 """
     )
@@ -414,6 +414,7 @@ def run(guest, heirlooms):
             "size_by": "resize",
             "log": None,
             "log_failing": False,
+            "lag": 9,
         }
     ]
 
@@ -447,6 +448,47 @@ def run(guest, heirlooms):
     (guest,) = served.status()
     counters = ("sessions", "kicks", "calls", "chains", "refused", "broken", "ignored")
     assert [guest[name] for name in counters] == [2, 4, 6, 8, 10, 12, 14]
+
+
+def test_times_of_service_are_counted_over_all_workers(start: StartDaemon) -> None:
+    served = start(
+        """
+def run(guest, heirlooms):
+    more = [9] * os.path.exists(guest.socket_path + ".second")  # as of another version
+    open(guest.socket_path + ".second", "w").close()
+    health = Health(services=[1, 2, *more], service_ns=1_500_000_000)
+    os.write(heirlooms.health, encode(health))
+    return stopped()
+"""
+    )
+    os.kill(served.workers()[0], signal.SIGKILL)
+    served.until(lambda g: g[0]["restarts"] == 1 and g[0]["state"] == "running", "no successor")
+    (guest,) = served.status()
+    assert guest["services"]["counts"] == [2, 4, 9] + [0] * 17
+    assert len(guest["services"]["bounds"]) == 19
+    assert guest["services"]["seconds"] == 3.0
+    assert guest["services"]["bounds"][:2] == [4.096e-06, 8.192e-06]
+
+
+def test_processor_seconds_are_those_of_all_workers(start: StartDaemon) -> None:
+    served = start(
+        """
+import time
+def run(guest, heirlooms):
+    if not os.path.exists(guest.socket_path + ".second"):
+        open(guest.socket_path + ".second", "w").close()
+        while time.process_time() < 0.3:
+            pass
+    os.write(heirlooms.health, encode(Health(kicks=1)))
+    return stopped()
+"""
+    )
+    (worker,) = served.workers()
+    before = served.status()[0]["cpu_seconds"]
+    assert before >= 0.29  # the kernel tells it in ticks of 10 ms
+    os.kill(worker, signal.SIGKILL)
+    served.until(lambda g: g[0]["restarts"] == 1 and g[0]["state"] == "running", "no successor")
+    assert served.status()[0]["cpu_seconds"] >= before
 
 
 def test_what_a_worker_reported_last_counts_though_it_is_dead(start: StartDaemon) -> None:

@@ -20,9 +20,6 @@ from vhost_device_console import endpoints, monitor
 from vhost_device_console.config import BackendKind, PortTable
 from vhost_device_console.errors import ConfigError, ConsoleError
 from vhost_device_console.monitor import (
-    LARGEST_REQUEST,
-    MOST_CLIENTS,
-    MOST_UNREAD,
     Change,
     Done,
     GuestStatus,
@@ -31,10 +28,10 @@ from vhost_device_console.monitor import (
     PortStatus,
     Request,
     Resize,
-    Server,
     Status,
     StatusRequest,
 )
+from vhost_device_console.reception import LARGEST_REQUEST, MOST_CLIENTS, MOST_UNREAD, Server
 
 from launch import WITHIN
 
@@ -105,7 +102,7 @@ class Desk:
         server = Server(self._selector, listener, self._answer)
         undo.callback(server.close)
 
-    def _answer(self, request: Request) -> Status | Done:
+    def _answer(self, request: Request, _fds: list[int]) -> Status | Done:
         self.requests.append(request)
         if isinstance(request, StatusRequest):
             return self.status
@@ -164,7 +161,7 @@ def test_a_status_is_one_line_of_json(desk: Desk) -> None:
         b'"endpoint":"127.0.0.1:12345","console":true,"overflow":"drop","state":"ready",'
         b'"open":true,"host_open":true,"held":false,"readers":1,"output":2,"input":3,"missed":4,'
         b'"discarded":5,"stalls":6,"columns":80,"rows":24,"size_by":"resize",'
-        b'"log":"/var/log/web","log_failing":false}]}]}\n'
+        b'"log":"/var/log/web","log_failing":false,"lag":0}],"cpu_seconds":null,"services":null}]}\n'
     )
 
 
@@ -433,6 +430,23 @@ def test_root_finds_daemons_that_became_other_users(
             os.chown(place, 65534, 65534)
             listen(undo, str(place / "5.sock"))
         assert monitor.find({"XDG_RUNTIME_DIR": str(folder / "no")}) == [str(theirs / "5.sock")]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to give folders away")
+def test_a_user_finds_its_own_daemons_in_root_s_folder_and_no_others(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.chmod(0o755)
+    with ExitStack() as undo:
+        for name, uid in (("mine", 65534), ("theirs", 65533)):
+            (folder / name).mkdir()
+            os.chown(folder / name, uid, uid)
+            listen(undo, str(folder / name / "5.sock"))
+        monkeypatch.setattr(os, "geteuid", lambda: 65534)
+        asked = {"RUNTIME_DIRECTORY": str(folder)}
+        assert monitor.find(asked) == [str(folder / "mine/5.sock")]
+        folder.chmod(0o777)  # now anybody may have put it there
+        assert monitor.find(asked) == []
 
 
 def test_a_missing_folder_has_no_daemons(folder: Path) -> None:

@@ -29,9 +29,15 @@ from typing import NoReturn
 
 import msgspec
 
+from ..attachment import Ask, Hello, Person, Size, Who
+from ..config import Typing
+from ..custody import Attach
+from .backends import attached
+from .backends.attached import Attached
 from .backends.base import Client, Endpoint, gap
 from .console.port import Port, UnderWay, Watcher
 from .poller import HUP, IN, OUT, Poller, Timer
+from .roles import Roles, Standing
 
 #: How long a client that will not type any more is kept without taking anything.
 _GRACE_S = 1.0
@@ -63,6 +69,9 @@ _NOBODY, _CAME, _FIRST_KEY = range(3)
 _WORDS = 4096
 _UNDER_WAY = slice(_WORDS - 48, _WORDS - 46)
 
+#: How far a client had read when that read began.
+_BEGAN = _WORDS - 46
+
 #: The input half has ended, which is told without waiting for input.
 _END = HUP | select.EPOLLRDHUP
 
@@ -70,12 +79,17 @@ _END = HUP | select.EPOLLRDHUP
 class Seat(msgspec.Struct, array_like=True):
     """What a successor has to know of a client besides its record, which is number `slot`.
 
-    `key` is the master's for its descriptor, None if it came to the endpoint.
+    `key` is the master's for its descriptor, None if it came to the endpoint. Whoever takes turns
+    has a `standing`; a `framed` one has told its terminal's `size`, and perhaps only `looks`.
     """
 
     key: int | None
     slot: int
     name: str
+    standing: Standing | None = None
+    framed: bool = False
+    size: tuple[int, int] = (0, 0)
+    looks: bool = False
 
 
 class Saved(msgspec.Struct, array_like=True):
@@ -101,6 +115,10 @@ def nobody(_fd: int, _name: str) -> NoReturn:
     raise TypeError("who is at this port comes to its endpoint")
 
 
+#: Of those who type as they like.
+_FREE = Standing(wants=True, writer=True)
+
+
 def _who(key: int | None) -> int:
     return _CAME if key is None else key + _FIRST_KEY
 
@@ -113,6 +131,7 @@ class _Seat:
 
     def __init__(self, client: Client, grace: Timer, told: Seat, record: memoryview) -> None:
         self.client = client
+        self.name = client.name
         self.watcher: Watcher | None = None
         self.grace = grace
         self.told = told
@@ -129,6 +148,27 @@ class _Seat:
         self.start = 0  # the bytes written once that gap's notice is
         self.notice = b""  # what of that is due before the bytes after it
         self.behind = False  # it has missed some since it had last caught up
+
+    @property
+    def plays(self) -> bool:
+        """Whether it takes turns with others."""
+        return self.told.standing is not None
+
+    @property
+    def standing(self) -> Standing:
+        """Its place among those who take turns; of one who does not, the writer's."""
+        return self.told.standing or _FREE
+
+    def tell_role(self, by: str) -> None:
+        """Hear its role."""
+        if isinstance(self.client, Attached):
+            standing = self.standing
+            self.client.play(by, writer=standing.writer, epoch=standing.epoch)
+
+    @property
+    def silent(self) -> bool:
+        """Whether it is plain and waits for its turn; others know themselves what counts."""
+        return not self.client.framed and not self.standing.writer
 
     def begin(self, watcher: Watcher) -> None:
         """Begin a record: it joins there."""
@@ -156,7 +196,7 @@ class _Seat:
         self.typing = not record[_BECAME] & _INPUT
         if not record[_BECAME] & _OUTPUT:
             since = max(0, self.written - self.start)
-            watcher = port.go_on(offset + since, record[_JOINED])
+            watcher = port.go_on(offset + since, record[_JOINED], looks=self.told.looks)
             watcher.stuck = bool(record[_BECAME] & _STUCK)
             self._watch(watcher)
 
@@ -179,7 +219,13 @@ class _Seat:
         record[_WHICH] = which  # one aligned store, which all of it counts from
 
     def miss(self, lost: int) -> None:
-        """Have a notice written first: `lost` bytes lie between the last ones and the watcher."""
+        """Have a notice written first: `lost` bytes lie between the last ones and the watcher.
+
+        The offsets tell a framed client.
+        """
+        if self.client.framed:
+            self.mark()
+            return
         self.lost, self.notice = lost, gap(lost)
         self.start = self.written + len(self.notice)
         self.mark()
@@ -201,7 +247,8 @@ class Audience:
 
     `connect` makes those from a descriptor, and for a successor a name. `changed` hears of every
     come and go, `resized` of every other size of the port. `records` are 32768 bytes, zeros at
-    first, which a successor has too. `most` are let in, up to 256.
+    first, which a successor has too. `most` are let in, up to 256. Who is attached is told of the
+    `guest` and the number of the port's `journal`. `typing` says which of the others count.
 
     A successor goes on with what was `saved` last and the descriptors in it, by key, which are its
     own from here on; a client that was let go since is gone. Seats that came or went make an
@@ -223,6 +270,9 @@ class Audience:
         saved: Saved | None = None,
         fds: Mapping[int, int] | None = None,
         most: int = _MOST_CLIENTS,
+        guest: str = "",
+        journal: int = 0,
+        typing: Typing = Typing.ALL,
     ) -> None:
         self._port = port
         self._endpoint = endpoint
@@ -233,6 +283,9 @@ class Audience:
         self._resized = resized
         self._connect = connect
         self._most = most
+        self._guest, self._journal = guest, journal
+        self._typing = typing
+        self._roles = Roles()
         self._words = records.cast("Q")
         self._under_way = port.under_way = self._words[_UNDER_WAY]
         self.unsettled = False
@@ -288,6 +341,12 @@ class Audience:
         self._port.resumed()
         restored, self._restored = self._restored, []
         for seat in restored:
+            if isinstance(seat.client, Attached):
+                seat.client.read_to = seat.read
+                seat.client.resumed()
+            if seat.plays:
+                self._roles.resumed(seat)
+        for seat in restored:
             self._serve_from_now_on(seat)
             if seat.watcher is None and not seat.typing:
                 self._leave(seat)
@@ -300,6 +359,9 @@ class Audience:
             return
         seat = next((seat for seat in self._restored if seat.told.slot == read.who), None)
         known, total = read.known, seat.client.total_read() if seat else None
+        if seat is not None and seat.client.framed:  # it types again what has not been counted
+            known = known or 0
+            total = self._words[_BEGAN] + known
         if known is None and seat is not None and total is not None:
             known = max(0, total - seat.read)
         count = known or 0
@@ -336,11 +398,16 @@ class Audience:
             else:
                 self.unsettled = True
                 client.close()
-        self._port.attended = bool(self._seats)
+        self._attend()
         self.decide_size()
+
+    def _attend(self) -> None:
+        self._port.attended = any(not seat.told.looks for seat in self._seats)
 
     def _client_again(self, told: Seat, fds: Mapping[int, int]) -> Client | None:
         try:
+            if told.key is not None and told.framed:
+                return attached.client(fds[told.key], told.name, told.size)
             if told.key is not None:
                 return self._connect(fds[told.key], told.name)
             return self._endpoint.accept() if self._endpoint else None
@@ -353,16 +420,19 @@ class Audience:
 
     # Arrivals
 
-    def arrive(self, fd: int, key: int) -> None:
+    def arrive(self, fd: int, key: int, attach: Attach | None = None) -> None:
         """Take in a client whose descriptor, its own from now on, the master keeps under `key`."""
         self._see_off()
         try:
-            client = self._connect(fd, "")
+            if attach is None:
+                client = self._connect(fd, "")
+            else:
+                client = attached.client(fd, attach.name, (attach.columns, attach.rows))
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self._log.warning("port %d: a client was turned away: %s", self._port.id, error)
             return  # else it was gone before it could be set up
-        self._admit(client, key)
+        self._admit(client, key, attach)
 
     def _arrive(self, _: int) -> None:
         self._see_off()
@@ -385,9 +455,9 @@ class Audience:
             if seat.watcher is not None and self._poller.hung(seat.client.writes):
                 self._deafen(seat)
 
-    def _admit(self, client: Client, key: int | None) -> None:
+    def _admit(self, client: Client, key: int | None, attach: Attach | None = None) -> None:
         if len(self._seats) < self._most or self._make_room():
-            self._seat(client, key)
+            self._seat(client, key, attach)
         else:
             self._warn(client, f"was turned away: {self._most} others are here")
             client.close()
@@ -403,14 +473,27 @@ class Audience:
         self._let_go(seat)
         return True
 
-    def _seat(self, client: Client, key: int | None) -> None:
+    def _seat(self, client: Client, key: int | None, attach: Attach | None) -> None:
         taken = {seat.told.slot for seat in self._seats}
         slot = next(slot for slot in range(_MOST_CLIENTS) if slot not in taken)
-        seat = self._new_seat(client, Seat(key, slot, client.name))
-        seat.begin(self._port.attach())
+        told = Seat(key, slot, client.name)
+        seat = self._new_seat(client, told)
+        if attach is not None and isinstance(client, Attached):
+            told.framed, told.size = True, client.columns_rows
+            told.looks = attach.look
+            told.standing = Standing(attach.write and not attach.look)
+            seat.begin(self._port.attach(self._start(attach), looks=attach.look))
+            self._greet(seat, client)
+        else:
+            if self._typing is not Typing.ALL:
+                told.standing = Standing(self._typing is Typing.FIRST)
+            seat.begin(self._port.attach())
         self._seats.append(seat)
-        self._log.info("port %d: %s attached", self._port.id, client.name)
-        self._port.attended = True
+        if seat.plays:
+            self._roles.came(seat)
+        if not told.looks:
+            self._log.info("port %d: %s attached", self._port.id, client.name)
+        self._attend()
         self.decide_size()
         self._unsettle()
 
@@ -435,6 +518,87 @@ class Audience:
                 seat.client.writes, lambda events: self._writable(seat, events), 0, file_too=True
             )
 
+    # Who is attached
+
+    def _start(self, attach: Attach) -> int:
+        """Return where somebody who attaches begins to read."""
+        output = self._port.output
+        if attach.since is not None and attach.journal == self._journal:
+            return min(max(attach.since, output.tail), output.head)
+        if attach.replay is None:
+            return output.tail
+        return max(output.head - attach.replay, output.tail)
+
+    def _greet(self, seat: _Seat, client: Attached) -> None:
+        port = self._port
+        client.tell(
+            Hello(
+                guest=self._guest,
+                port=port.id,
+                name=port.name,
+                console=port.console,
+                journal=self._journal,
+                tail=port.output.tail,
+                head=port.output.head,
+                at=seat.watcher.offset if seat.watcher else port.output.head,
+            )
+        )
+        client.tell(Size(*port.size, port.size_by))
+
+    def _hear(self, seat: _Seat) -> None:
+        """Answer what an attached client has asked."""
+        client = seat.client
+        if not isinstance(client, Attached):
+            return
+        asked, client.asked = client.asked, []
+        for question in asked:
+            if not isinstance(question, Ask):
+                client.tell(self._who(client))
+            elif self._roles.asked(seat, question):
+                self._roles_changed()
+        if client.resized:
+            client.resized = False
+            seat.told.size = client.columns_rows
+            self.decide_size()
+            self._unsettle()
+
+    def _roles_changed(self) -> None:
+        """Look anew at what was typed: it may not count any more, or count now."""
+        self._unsettle()
+        for seat in self._seats:
+            if seat.paused and seat.plays:
+                self._unpause(seat)
+
+    def _hears(self, seat: _Seat) -> bool:
+        """Hear what an attached client asks while nobody can type; say whether that was all."""
+        if not isinstance(seat.client, Attached):
+            return False
+        try:
+            waits = seat.client.waiting()
+        except ConnectionError:
+            self._let_go(seat)
+            return True
+        self._hear(seat)
+        return waits is None
+
+    def _who(self, asker: Attached) -> Who:
+        people = []
+        for seat in self._seats:
+            client = seat.client
+            columns, rows = client.size()
+            people.append(
+                Person(
+                    name=client.name,
+                    attached=isinstance(client, Attached),
+                    writer=seat.standing.writer,
+                    you=client is asker,
+                    columns=columns,
+                    rows=rows,
+                    lag=_lag(seat),
+                )
+            )
+        return Who(people)
+
     # The input half
 
     def _listen_to(self, seat: _Seat) -> None:
@@ -451,11 +615,17 @@ class Audience:
             return
         port = self._port
         waiting = port.input
-        if self._frozen or waiting.head - waiting.tail == waiting.size:
+        full = waiting.head - waiting.tail == waiting.size
+        if full or self._frozen or seat.silent:
+            if not self._frozen and self._hears(seat):
+                return
             seat.paused = True
             if seat.polled:
                 self._poller.want(seat.client.reads, select.EPOLLRDHUP)
             return
+        framed = seat.client.framed
+        if framed:
+            self._words[_BEGAN] = seat.read
         try:
             count = port.receive(seat.client.read, seat.told.slot)
         except ConnectionError:
@@ -465,6 +635,8 @@ class Audience:
         if count:
             seat.record[_READ] = seat.read = seat.read + count
         self._under_way[0] = 0
+        if framed:
+            self._hear(seat)
         if count:
             if seat is not self._typist or seat.client.size() != port.size:
                 self._typist = seat
@@ -475,13 +647,15 @@ class Audience:
     def resume(self) -> None:
         """Let those type again who had to wait: the guest has taken input."""
         for seat in [*self._seats]:
-            if not seat.paused or self._frozen or not self._port.input.room():
-                continue
-            seat.paused = False
-            if seat.polled:
-                self._poller.want(seat.client.reads, IN)
-            else:
-                self._listen_to(seat)
+            if seat.paused and not (self._frozen or seat.silent) and self._port.input.room():
+                self._unpause(seat)
+
+    def _unpause(self, seat: _Seat) -> None:
+        seat.paused = False
+        if seat.polled:
+            self._poller.want(seat.client.reads, IN)
+        else:
+            self._listen_to(seat)
 
     def _ended(self, seat: _Seat) -> None:
         if not seat.typing:
@@ -528,6 +702,9 @@ class Audience:
         self._port.size_by = by
         if size != self._port.size:
             self._port.size = size
+            for seat in self._seats:
+                if isinstance(seat.client, Attached):
+                    seat.client.tell(Size(*size, by))
             self._resized()
             self._changed()
 
@@ -557,9 +734,9 @@ class Audience:
             watcher = seat.watcher
             if watcher is None:
                 continue
-            if first is None and not watcher.stuck:
+            if first is None and not (watcher.stuck or watcher.looks):
                 first = watcher
-            if seat.blocked or not (watcher.pending or seat.notice):
+            if seat.blocked or not (watcher.pending or seat.notice or seat.client.due):
                 continue
             if watcher is not first:
                 others.append(seat)
@@ -603,9 +780,14 @@ class Audience:
     def _give(self, seat: _Seat, watcher: Watcher, most: int) -> int:
         if seat.notice and not self._notify(seat):
             return self._block(seat, 0)
+        client = seat.client
+        if isinstance(client, Attached) and client.due and not client.say():
+            return self._block(seat, 0)
         lost = watcher.skip_lost()
         if lost:
-            if not seat.behind:  # else the log has it; one line for every gap would fill it
+            if not (
+                seat.behind or watcher.looks
+            ):  # else the log has it; one line for every gap would fill it
                 self._warn(seat.client, f"did not read in time and missed {lost} bytes")
             seat.behind = True
             seat.miss(lost)
@@ -613,7 +795,9 @@ class Audience:
                 return self._block(seat, 0)
         took = 0
         while took < most and (span := watcher.span()[: most - took]):
-            count = seat.client.write(span)
+            if isinstance(client, Attached):
+                client.at = watcher.offset
+            count = client.write(span)
             seat.record[_WRITTEN] = seat.written = seat.written + count
             self._port.took(watcher, count)
             took += count
@@ -665,12 +849,16 @@ class Audience:
         self._seats.remove(seat)
         seat.grace.stop()
         seat.record[_KEY] = _NOBODY
+        if seat.plays:
+            self._roles.left(seat)
+            self._roles_changed()
         seat.client.close()
         if seat is self._typist:
             self._typist = None
-        self._port.attended = bool(self._seats)
+        self._attend()
         self.decide_size()
-        self._log.info("port %d: %s left", self._port.id, seat.client.name)
+        if not seat.told.looks:
+            self._log.info("port %d: %s left", self._port.id, seat.client.name)
         self._unsettle()
 
     # The guest waits

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from .. import custody
 from ..custody import FrontendCame, FrontendGone, FrontendSaid
 from ..errors import FrontendError, RefusedError
+from ..events import Happening
 from ..health import Health
 from .inheritance import Held
 from .vhost_user import message as wire
@@ -80,7 +81,7 @@ class Frontend:
         self._counters.frontend = event.pid
         self._counters.sessions += 1
         self._refusals = 0
-        self._log.info("frontend %d connected", event.pid)
+        self._log.info("frontend %d connected", event.pid, extra=Happening.FRONTEND_CONNECTED.extra)
         self._commit()
 
     def said(self, event: FrontendSaid, fds: list[Held]) -> None:
@@ -162,7 +163,7 @@ class Frontend:
 
     def fail(self, error: FrontendError, event: FrontendSaid | None = None) -> None:
         """Let the frontend go for what it did, perhaps in this message."""
-        self._log.error("frontend dropped: %s", error)
+        self._log.error("frontend dropped: %s", error, extra=Happening.FRONTEND_DROPPED.extra)
         self._leave()
         if event is not None:
             self._dealt_with(event)

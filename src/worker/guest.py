@@ -21,14 +21,15 @@ import msgspec
 
 from .. import config, custody, privileges
 from ..errors import FrontendError, GuestError, RefusedError
-from ..health import Health, LogHealth, PortHealth
+from ..events import About
+from ..health import SERVICE_NS, Health, LogHealth, PortHealth, service_bucket
 from ..journal import Input, Journal, Output
-from ..ledger import Ledger
+from ..ledger import LOG_INDEX, Ledger
 from . import audience, queues, state
 from .audience import Audience
 from .backends import pty, tcp, unix
 from .backends.base import Endpoint
-from .backends.log import RECORD_BYTES, Log
+from .backends.log import Log
 from .backends.terminal import Terminal
 from .console import device
 from .console.device import FEATURES, Console, Role
@@ -60,7 +61,7 @@ _LAST_S = 1.0
 HANDOVER = 75
 
 #: Of a snapshot: one of another version is not gone on with.
-VERSION = 1
+VERSION = 2
 
 #: The key of a state that came for a guest which has not begun here.
 _LOADED = -1
@@ -109,13 +110,6 @@ class _OrphanedError(Exception):
 _End = tuple[Endpoint | None, audience.Connect]
 
 
-class _Log(logging.LoggerAdapter[logging.Logger]):
-    """Says whose line it is: the log is one for all guests."""
-
-    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
-        return f"{(self.extra or {})['guest']}: {msg}", kwargs
-
-
 def _always() -> bool:
     return True
 
@@ -124,7 +118,7 @@ class Guest:
     """One guest; `run` serves it."""
 
     def __init__(self, guest: config.Guest, inheritance: Inheritance) -> None:
-        self._log = _Log(logging.getLogger(__name__), {"guest": guest.name})
+        self._log = About(logging.getLogger(__name__), guest.name)
         self._config = guest
         self._poller = Poller(guest.poll_us)
         self._report = Report(inheritance.health, self._poller, self._health)
@@ -136,7 +130,8 @@ class Guest:
         self._last_timer = self._poller.timer(self._poller.stop)
         self._ending = False
         self._leaving = False
-        self._counters = Health()
+        self._counters = Health(services=[0] * (len(SERVICE_NS) + 1))
+        self._chains_before = 0  # the worker slept
         self._ledger = Ledger(inheritance.ledger)
         os.close(inheritance.ledger)
 
@@ -144,6 +139,7 @@ class Guest:
         self._listening = inheritance.listening
         self._uncommitted = False
         self._audiences: dict[int, Audience] = {}
+        self._journals: dict[int, int] = {}  # their numbers
         self._parting: list[Audience] = []  # of ports that were removed
         self._logs: dict[int, Log] = {}
         self._fresh = 0  # bytes of output that nobody was given yet
@@ -366,6 +362,7 @@ class Guest:
             journal = Journal(files.journal)
         finally:
             os.close(files.journal)
+        self._journals[described.id] = journal.number
         port = Port(
             described.id,
             described.name,
@@ -385,11 +382,13 @@ class Guest:
                 self._poller,
                 self._log,
                 self._report.send,
+                form=described.log.format,
+                times=described.log.indexed,
             )
         return port
 
     def _log_record(self, port_id: int) -> memoryview:
-        return self._ledger.records(port_id)[-256:-128]
+        return self._ledger.log(port_id)
 
     def _open(
         self,
@@ -428,6 +427,9 @@ class Guest:
             saved=saved,
             fds=fds,
             most=described.max_clients,
+            guest=self._config.name,
+            journal=self._journals[port.id],
+            typing=described.typing,
         )
         if self._frozen:
             people.freeze()
@@ -436,7 +438,9 @@ class Guest:
             self._poller.on_signal(signal.SIGWINCH, people.decide_size)
 
     def _add_port(self, described: config.Port, files: PortFiles, end: _End) -> None:
-        self._log_record(described.id)[:] = bytes(RECORD_BYTES)  # it may be another port's
+        stale = self._log_record(described.id)[: LOG_INDEX.stop]  # it may be another port's
+        if any(stale):
+            stale[:] = bytes(len(stale))
         port = self._make_port(described, files)
         self._open(described, port, end)
         self._console.add(port)
@@ -447,7 +451,7 @@ class Guest:
         self._queues.drain_all()  # what the guest wrote while there was a reader
         log = self._logs.pop(port.id, None)
         if log is not None:
-            while port.holding and log.flush():
+            while port.holding and log.urge():
                 self._queues.drain_all()
             port.log = None
             log.end()
@@ -484,11 +488,11 @@ class Guest:
                 self._frontend.came(order)
             case custody.FrontendGone():
                 self._frontend.gone(order)
-            case custody.ClientCame(number, key):
+            case custody.ClientCame(number, key, attach):
                 self._newest = max(self._newest, key)
                 self._uncommitted = True
                 if fds and number in self._audiences:
-                    self._audiences[number].arrive(fds[0], key)
+                    self._audiences[number].arrive(fds[0], key, attach)
                 else:
                     custody.close(fds)
             case custody.AddPort(port, generations) if fds:
@@ -520,7 +524,7 @@ class Guest:
         """Serve until told to end, left by the user, or without master or `--fd` frontend."""
         try:
             self._report.send()
-            self._poller.run(self._drain, self._flush, self._look, self._queues.arm)
+            self._poller.run(self._drain, self._flush, self._look, self._arm, self._woken)
             if self._leaving:
                 self._commit()
                 return HANDOVER
@@ -552,6 +556,17 @@ class Guest:
 
     def _look(self, until_ns: int, linger_ns: int) -> int:
         return self._work(partial(self._queues.look, until_ns, linger_ns))
+
+    def _arm(self) -> bool:
+        self._chains_before = self._counters.chains
+        return self._queues.arm()
+
+    def _woken(self, took_ns: int) -> None:
+        """Count how long it took to serve what woke the worker, if that was guest or people."""
+        counters = self._counters
+        if counters.chains != self._chains_before:
+            counters.services[service_bucket(took_ns)] += 1
+            counters.service_ns += took_ns
 
     def _work(self, work: Callable[[], bool]) -> int:
         try:
@@ -844,6 +859,7 @@ class Guest:
                 held=port.holding,
                 size_by=port.size_by,
                 log=self._log_health(port),
+                lag=max((watcher.pending for watcher in port.watchers), default=0),
             )
             for port in self._console.ports.values()
         ]

@@ -198,18 +198,25 @@ class Poller:
         flush: Callable[[], bool],
         look: Callable[[int, int], int],
         arm: Callable[[], bool],
+        woken: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Work until `stop`: see the module's head for the four callables.
+
+        `woken` hears after each sleep how many nanoseconds all that took which ended it.
 
         `drain` gets the nanoseconds for which it may look for more and returns how many bytes wait
         to be passed on, at least 1 when it did anything. `look` does the same once there is
         something, and gets before that the time on the monotonic clock until which it may wait.
         """
         flushed = waiting = found = 0
+        asleep = False
         while not self._stopped:
             streaming = monotonic_ns() - flushed < _LONGEST_WAIT_NS
             moved = found or drain(self._pause if streaming else 0)
             found = 0
+            if asleep:
+                asleep = False
+                woken(monotonic_ns() - self._dispatched)
             if moved and moved < _LIGHT and streaming:
                 waiting = moved
                 continue
@@ -226,6 +233,7 @@ class Poller:
                 found = self._look(look)
                 if not found and not arm():
                     self._sleep()
+                    asleep = True
 
     def _look(self, look: Callable[[int, int], int]) -> int:
         window = self._window

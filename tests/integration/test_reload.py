@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from scene import assert_same, attach, boot, converse, exactly, noise
 
-from launch import Daemon
+from launch import Daemon, command
 
 StartDaemon = Callable[..., Daemon]
 
@@ -168,6 +168,13 @@ def test_a_worker_stays_whose_snapshot_the_new_program_does_not_know(daemon: Sta
         served.expect_log("c.sock0 keeps its worker: this program cannot go on from what")
         converse(console, peer)
         assert served.workers() == before
+        refused = command(served.folder, "attach", "c.sock0")
+        assert refused.returncode == 1
+        assert "is still served by an older program" in refused.stderr
+        served.kill_worker()
+        served.expect_log("c.sock0: frontend dropped: no worker can go on from what")
+    with attach(served) as peer, boot(served) as console:
+        converse(console, peer)
 
 
 def test_a_program_that_does_not_understand_this_one_changes_nothing(daemon: StartDaemon) -> None:

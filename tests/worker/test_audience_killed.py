@@ -36,8 +36,9 @@ from vhost_device_console.journal import Journal
 from vhost_device_console.ledger import Ledger
 from vhost_device_console.testing import GuestMemory
 from vhost_device_console.worker import audience as audiences
+from vhost_device_console.worker import roles
 from vhost_device_console.worker.audience import Audience, Saved
-from vhost_device_console.worker.backends import base, stream, tcp, unix
+from vhost_device_console.worker.backends import attached, base, stream, tcp, unix
 from vhost_device_console.worker.backends.base import Client
 from vhost_device_console.worker.console import port as ports
 from vhost_device_console.worker.console.port import Inlet, Port
@@ -54,7 +55,7 @@ RING = 128
 #: Where workers are killed.
 TRACED = {
     module.__file__: Path(str(module.__file__)).name
-    for module in (audiences, ports, stream, tcp, unix)
+    for module in (attached, audiences, ports, roles, stream, tcp, unix)
 }
 
 #: What a user typed has its number in the two highest bits.
@@ -90,6 +91,7 @@ class Kept(msgspec.Struct):
     arrived: list[int] = msgspec.field(default_factory=list)
     typed: list[int] = msgspec.field(default_factory=lambda: [0, 0, 0])
     got: list[bytes] = msgspec.field(default_factory=lambda: [b"", b"", b""])
+    links: list[bytes] = []
 
 
 class Scene:
@@ -105,8 +107,8 @@ class Scene:
         self.ledger = ledgers.create("ledger")
         self._notes = mmap.mmap(-1, 1 << 18)
         ends.callback(self._notes.close)
-        self.connect = {"tcp": slow_tcp, "unix": slow_unix}[kind]
-        pairs = [connected() if kind == "tcp" else socket.socketpair() for _ in range(3)]
+        self.connect = {"tcp": slow_tcp}.get(kind, slow_unix)
+        pairs = [connected() if kind == "tcp" else self.pair() for _ in range(3)]
         self.held = [ours for ours, _ in pairs]
         self.users = [user for _, user in pairs]
         for sock in (*self.held, *self.users):
@@ -117,6 +119,12 @@ class Scene:
             ends.callback(os.close, fd)
         self.kept = Kept()
         self.keep()
+
+    def pair(self) -> tuple[socket.socket, socket.socket]:
+        return socket.socketpair()
+
+    def worker(self) -> Worker:
+        return Worker(self)
 
     def keep(self) -> None:
         data = msgspec.msgpack.encode(self.kept)
@@ -350,7 +358,8 @@ class Worker:
             for who in range(3):
                 scene.drain(who)
             self.rest()
-            select.select([*scene.users, *scene.held], [], [], 0.01)  # TCP has its own times
+            there = [sock for sock in (*scene.users, *scene.held) if sock.fileno() >= 0]
+            select.select(there, [], [], 0.01)  # TCP has its own times
 
     def end(self) -> None:
         self.audience.close()
@@ -386,7 +395,7 @@ STORY: list[Callable[[Worker], None]] = [
 
 
 def live(scene: Scene, steps: list[Callable[[Worker], None]]) -> None:
-    worker = Worker(scene)
+    worker = scene.worker()
     while scene.kept.step < len(steps):
         steps[scene.kept.step](worker)
         scene.kept.step += 1
@@ -530,10 +539,14 @@ def lost(given: bytes, typed: bytes) -> int:
     return missing if given[before:] == typed[before + missing :] else -1
 
 
+#: For those kinds of connection that need one of their own.
+SCENES: dict[str, type[Scene]] = {}
+
+
 def made(kind: str, features: int, what: Callable[[Scene], Any]) -> Any:
     """Return `what` makes of a new scene."""
     with ExitStack() as ends:
-        return what(Scene(ends, kind, features))
+        return what(SCENES.get(kind, Scene)(ends, kind, features))
 
 
 def dies(scene: Scene, point: Point, *then: Point) -> bool:

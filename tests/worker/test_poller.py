@@ -400,6 +400,46 @@ def test_work_that_does_not_end_is_passed_on_all_the_same(poller: Poller) -> Non
     run(poller, drain=lambda _: 1, flush=flush)
 
 
+def test_how_long_it_took_to_do_what_woke_it_is_told_once_it_is_done(
+    poller: Poller, pair: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(0, 10**9, 1000))
+    monkeypatch.setattr(module, "monotonic_ns", lambda: next(now))
+    seen: list[object] = []
+    near, far = pair
+
+    def drain(_: int) -> int:
+        seen.append("drained")
+        return 0
+
+    def ready(_: int) -> None:
+        seen.append("came")
+        near.recv(1)
+
+    def woken(took_ns: int) -> None:
+        seen.append(took_ns)
+        poller.stop()
+
+    poller.watch(near.fileno(), ready)
+    far.send(b"x")
+    poller.run(drain, no, no, no, woken)
+    assert seen[:3] == ["drained", "came", "drained"]
+    assert 0 < seen[3] < 10_000  # type: ignore[operator]
+
+
+def test_nothing_is_timed_that_did_not_end_a_sleep(poller: Poller) -> None:
+    work = iter([1, 1, 1])
+
+    def arm() -> bool:
+        poller.stop()
+        return True
+
+    def woken(_: int) -> None:
+        pytest.fail("it did not sleep")
+
+    poller.run(lambda _: next(work, 0), no, no, arm, woken)
+
+
 def test_what_came_while_arming_is_worked_on_before_sleep(poller: Poller) -> None:
     order: list[str] = []
 

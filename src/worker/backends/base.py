@@ -13,7 +13,8 @@ class Client(Protocol):
 
     `reads` and `writes` are two descriptors to wait on, one for each half. `stays` says that the
     end of its input is not the beginning of its leaving, `resizes` that its size changes without
-    a word.
+    a word. `framed` ones are told offsets instead of notices among the bytes, see
+    `attached`.
     """
 
     name: str
@@ -21,6 +22,11 @@ class Client(Protocol):
     writes: int
     stays: bool
     resizes: bool
+    framed: bool
+
+    @property
+    def due(self) -> bool:
+        """Whether it is to be told something beside the output."""
 
     def read(self, into: list[memoryview]) -> int | None:
         """Fill these spans in turn; return how many bytes, 0 at the end of input, None for not now.

@@ -49,6 +49,8 @@ class PtyClient:
 
     stays = False
     resizes = True
+    framed = False
+    due = False
 
     def __init__(self, fd: int, name: str, *, over: bool) -> None:
         self.name = name

@@ -31,6 +31,12 @@ class StreamClient:
 
     stays = False
     resizes = False
+    framed = False
+
+    @property
+    def due(self) -> bool:
+        """Return False: bytes are all there is."""
+        return False
 
     def __init__(self, sock: socket.socket, name: str) -> None:
         sock.setblocking(False)

@@ -66,6 +66,8 @@ class Terminal:
     name = "terminal"
     stays = True
     resizes = False  # SIGWINCH tells
+    framed = False
+    due = False
 
     def __init__(
         self,

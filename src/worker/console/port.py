@@ -116,18 +116,21 @@ class Log(Protocol):
     def begin_at(self, offset: int) -> None:
         """Go on there with an output that is still empty, and about to begin there."""
 
-    def flush(self) -> bool:
-        """Write what is there; return whether some of it was written."""
+    def urge(self) -> bool:
+        """Write all that is there; return whether some of it was written."""
 
 
 class Watcher(Reader):
     """A reader of a port's output, since it `joined` at that offset.
 
-    `stuck` while it has shown that it does not read. `jumped` hears when it is put elsewhere.
+    `stuck` while it has shown that it does not read. One that only `looks` is none of the port's
+    `watchers`: nothing waits for it, and what it has read nobody has seen. `jumped` hears when it
+    is put elsewhere.
     """
 
     stuck = False
     joined = 0
+    looks = False
     jumped: Callable[[], None] | None = None
 
     def jump(self, offset: int) -> None:
@@ -174,6 +177,7 @@ class Port:
         self.attended = False
         self.holding = False
         self.watchers: list[Watcher] = []
+        self._lookers: list[Watcher] = []
         self.size = (0, 0)
         self.size_by = ""
         self.discarded = 0
@@ -205,10 +209,11 @@ class Port:
         """Whether the guest is to see this side open: what a departed client typed counts too."""
         return self.console or self.attended or (self.opened and len(self.input) > 0)
 
-    def attach(self) -> Watcher:
+    def attach(self, at: int | None = None, *, looks: bool = False) -> Watcher:
         """Return a new reader: what nobody has seen yet is the first one's, others join live.
 
         At a blocking port they join where the first one is: it may leave what it did not take.
+        Whoever asks for another place joins `at` that offset, but passes nothing over there.
         """
         if not self.watchers:
             start = self.output.seen
@@ -216,16 +221,16 @@ class Port:
             start = self.watchers[0].offset
         else:
             start = self.output.head
-        watcher = Watcher(self.output, start)
-        watcher.joined = start
-        self.watchers.append(watcher)
-        return watcher
+        if at is not None:
+            start = min(at, start) if self.blocking and not looks else at
+        return self.go_on(start, start, looks=looks)
 
-    def go_on(self, offset: int, joined: int) -> Watcher:
+    def go_on(self, offset: int, joined: int, *, looks: bool = False) -> Watcher:
         """Return the reader, the next in line, that a killed worker had at `offset`."""
         watcher = Watcher(self.output, offset)
         watcher.joined = joined
-        self.watchers.append(watcher)
+        watcher.looks = looks
+        (self._lookers if looks else self.watchers).append(watcher)
         return watcher
 
     def resumed(self) -> None:
@@ -234,16 +239,17 @@ class Port:
         What they missed, or are to find missing by now, was counted before.
         """
         output = self.output
-        for watcher in self.watchers:
+        for watcher in self.watchers + self._lookers:
             if watcher.offset > output.head:
                 watcher.jump(output.head)
+        for watcher in self.watchers:
             output.seen = max(output.seen, watcher.offset)
             self._missed -= max(0, output.tail - watcher.offset)
 
     def took(self, watcher: Watcher, count: int) -> None:
         """Move a reader on by `count` bytes that its client has taken."""
         watcher.advance(count)
-        if watcher.offset > self.output.seen:
+        if watcher.offset > self.output.seen and not watcher.looks:
             self.output.seen = watcher.offset
         if not watcher.pending:
             watcher.stuck = False
@@ -253,6 +259,9 @@ class Port:
 
         If nobody else has read as far, the next first reader gets them again.
         """
+        if watcher.looks:
+            self._lookers.remove(watcher)
+            return
         self.watchers.remove(watcher)
         self._missed += watcher.missed
         left = watcher.offset - undelivered
@@ -303,7 +312,7 @@ class Port:
                 self.log.begin_at(start)
             self.output.begin_at(start)
             self.output.seen = seen
-            for watcher in self.watchers:
+            for watcher in self.watchers + self._lookers:
                 watcher.jump(seen)
         else:
             self._missed += start - seen
@@ -330,7 +339,7 @@ class Port:
                 self.discarded += chain.size
                 continue
             if self.log is not None:
-                self.log.flush()
+                self.log.urge()
             for span in chain.spans:
                 self.output.append(span)
             self.output.commit()
@@ -369,7 +378,7 @@ class Port:
             self.discarded += self.left
         elif self.left:
             if self.log is not None:
-                self.log.flush()
+                self.log.urge()
             size = len(self._spare)
             kept = min(self.left, size)
             start = (self.left - kept) % size

@@ -639,7 +639,7 @@ class Log:
         assert self.port.output.head == 0
         self.begun.append(offset)
 
-    def flush(self) -> bool:
+    def urge(self) -> bool:
         self.missed += max(0, self.port.output.tail - self.offset)
         self.offset = self.port.output.head
         return True
@@ -657,7 +657,7 @@ def test_no_more_is_taken_than_a_log_has_room_for(logged: tuple[Port, Log], queu
     queue.write(b"a" * SIZE)
     queue.write(b"b")
     assert [port.take_output(queue, MANY), port.holding] == [1, True]
-    log.flush()
+    log.urge()
     assert [port.take_output(queue, MANY), port.holding] == [1, False]
 
 
@@ -669,7 +669,7 @@ def test_a_reader_behind_the_log_is_still_waited_for(
     queue.write(b"a" * SIZE)
     queue.write(b"b")
     port.take_output(queue, MANY)
-    log.flush()
+    log.urge()
     assert port.take_output(queue, MANY) == 0
 
 
@@ -685,7 +685,7 @@ def test_a_log_has_what_gives_way_for_last_words(logged: tuple[Port, Log], queue
         queue.write(bytes(size))
         port.take_output(queue, MANY)
     port.take_rest(queue)
-    log.flush()
+    log.urge()
     assert (port.output.head, log.missed) == (2 * SIZE, 0)
     queue.write(bytes(SIZE))
     port.attach()
@@ -694,7 +694,7 @@ def test_a_log_has_what_gives_way_for_last_words(logged: tuple[Port, Log], queue
     port.output.append(b"since")
     port.output.commit()
     port.stay_away()
-    log.flush()
+    log.urge()
     assert (port.output.head, log.missed) == (3 * SIZE + 5, 0)
 
 
