@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from .words import clean
+
 if TYPE_CHECKING:
+    from .attachment import Person
     from .monitor import GuestStatus, PortStatus
 
 #: No column is cut shorter than this many characters.
@@ -25,6 +28,7 @@ _GUESTS = (
     "CPU",
     "NOTES",
 )
+_PEOPLE = ("NAME", "ROLE", "HOW", "SIZE", "BEHIND")
 _PORTS = (
     "PORT",
     "NAME",
@@ -127,11 +131,27 @@ _SIDES = {
 def _port_notes(port: PortStatus) -> list[str]:
     notes = [
         "a buffer is held" if port.held else "",
+        f"{size(port.lag)} behind" if port.lag else "",
         f"{size(port.missed)} missed" if port.missed else "",
         f"{size(port.discarded)} discarded" if port.discarded else "",
         f"{port.stalls} stall{'s' * (port.stalls != 1)}" if port.stalls else "",
     ]
     return [note for note in notes if note]
+
+
+def people(people: Sequence[Person]) -> list[str]:
+    """Return a line for each of those at a port, under a head."""
+    rows = [
+        (
+            clean(person.name),
+            "types" if person.writer else "watches",
+            "attached" if person.attached else "plain",
+            f"{person.columns}x{person.rows}" if person.columns else "-",
+            size(person.lag),
+        )
+        for person in people
+    ]
+    return _table(_PEOPLE, rows, None, cut=())
 
 
 def _table(
@@ -151,13 +171,6 @@ def _table(
 def _cell(text: str, width: int) -> str:
     # The end of a path or an address says most.
     return text.ljust(width) if len(text) <= width else "…" + text[len(text) - width + 1 :]
-
-
-def clean(text: str) -> str:
-    """Return `text` with everything that could steer a terminal spelled out."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
 
 
 def size(count: float) -> str:

@@ -23,12 +23,22 @@ from pathlib import Path
 from typing import Any, Self
 
 import psutil
+import pytest
 from vhost_device_console.errors import ConsoleError
 
 #: Seconds any single wait may take; generous, since two cores may be shared by many.
 WITHIN = 30.0
 
 COMMAND = (sys.executable, "-m", "vhost_device_console")
+
+
+def need(there: object, what: str, how: str = "contrib/guest/fetch --all says why") -> None:
+    """Skip a test of something that is not there; where all has to be, fail it."""
+    if not there:
+        why = f"no {what} here: {how}"
+        if os.environ.get("CI"):
+            pytest.fail(why)
+        pytest.skip(why)
 
 
 def wait_readable(fd: int, deadline: float, what: str) -> None:
@@ -126,10 +136,13 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
 
 def command(folder: Path, *arguments: str, **popen: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end and return its status, stdout and stderr."""
+    return run([*COMMAND, *arguments], folder, **popen)
+
+
+def run(words: Sequence[str], folder: Path, **popen: Any) -> subprocess.CompletedProcess[str]:
+    """Do the same for another program's words."""
     options = {"stdin": subprocess.DEVNULL, "env": environment(folder), "timeout": WITHIN, **popen}
-    return subprocess.run(
-        [*COMMAND, *arguments], capture_output=True, text=True, check=False, **options
-    )
+    return subprocess.run(words, capture_output=True, text=True, check=False, **options)
 
 
 class Served(ABC):

@@ -1,51 +1,79 @@
-"""The manual page has every option and every command, and no others."""
+"""The manual pages have every option and every command, and no others."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import pytest
 from msgspec.structs import fields
-from vhost_device_console.cli import cli
+from vhost_device_console.commands.daemon import daemon
 from vhost_device_console.config import PortTable
 
-PAGE = (Path(__file__).parents[1] / "contrib/man/vhost-device-console.1").read_text()
+PLACE = Path(__file__).parents[1] / "contrib" / "man"
+PAGE = (PLACE / "vhost-device-console.1").read_text()
 
 
 def commands(command: click.Command, words: str = "") -> Iterator[tuple[str, click.Command]]:
-    """Yield a command and all below it that do something, by their words."""
-    if words:
-        yield words, command
+    """Yield all below a command that do something, by their words."""
     if isinstance(command, click.Group):
-        for name, inner in command.commands.items():
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            inner = command.get_command(context, name)
+            assert inner is not None
             yield from commands(inner, f"{words} {name}".strip())
+    else:
+        yield words, command
 
 
-def test_every_option_is_in_it_and_none_that_is_not_there() -> None:
+COMMANDS = [*commands(daemon)]
+
+
+def test_every_option_of_the_daemon_is_in_it_and_none_that_is_not_there() -> None:
     there = {
         option.lstrip("-")
-        for _, command in [("", cli), *commands(cli)]
-        for param in command.params
-        for option in param.opts
+        for param in daemon.params
+        for option in param.opts + param.secondary_opts
         if option.startswith("--")
     }
     described = set(re.findall(r"Fl -([a-z][a-z-]+)", PAGE))
-    assert described == there | {"help"}
+    assert described == there | {"help", "socket"}
 
 
 def test_every_short_option_is_in_it() -> None:
-    short = {option[1] for param in cli.params for option in param.opts if option[1] != "-"}
+    short = {option[1] for param in daemon.params for option in param.opts if option[1] != "-"}
     assert set(re.findall(r"Fl ([a-zA-Z])\b", PAGE)) == short | {"h"}
 
 
-def test_every_command_is_in_its_synopsis_and_described() -> None:
-    synopsis = PAGE.partition(".Sh DESCRIPTION")[0]
-    for words, command in commands(cli):
-        if not isinstance(command, click.Group):
-            assert f"\n.Cm {words}\n" in synopsis
-            assert re.search(rf"^\.It Cm {words}( Ar .*)?$", PAGE, re.MULTILINE)
+def test_every_command_is_named_in_it() -> None:
+    named = re.findall(r"^\.It Xr vhost-device-console-([a-z-]+) 1$", PAGE, re.MULTILINE)
+    assert sorted(named) == sorted(words.replace(" ", "-") for words, _ in COMMANDS)
+
+
+@pytest.mark.parametrize(("words", "command"), COMMANDS, ids=[words for words, _ in COMMANDS])
+def test_every_command_has_a_page_with_an_example(
+    words: str, command: click.Command, pages: Path
+) -> None:
+    page = (pages / f"vhost-device-console-{words.replace(' ', '-')}.1").read_text()
+    assert f"\n.EX\nvhost-device-console {words}" in page or (
+        f"vhost-device-console {words}" in page.partition(".EX\n")[2].partition("\n.EE")[0]
+    )
+    for param in command.params:
+        for option in param.opts:
+            if option.startswith("--"):
+                assert option.replace("-", "\\-") in page
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the folder of the pages that are made of --help."""
+    folder = tmp_path_factory.mktemp("man")
+    subprocess.run([sys.executable, PLACE / "generate", folder], check=True)
+    return folder
 
 
 def test_every_key_of_a_port_is_in_it() -> None:

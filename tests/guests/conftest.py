@@ -19,11 +19,10 @@ sys.path.append(str(Path(__file__).parent))  # behind tests/, which has a confte
 import qemu
 import uml
 from console import PROMPT, Attach, Console, Place
-from machine import need
 from qemu import Qemu, Shared, StartQemu
 from uml import StartGuest
 
-from launch import Daemon
+from launch import Daemon, need
 
 
 @pytest.fixture

@@ -13,21 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-import pytest
-
 from launch import WITHIN, wait_readable
 
 #: What bounds everything a guest sends that a test does not look for.
 _MOST_LOG = 1 << 20
-
-
-def need(there: object, what: str) -> None:
-    """Skip a test of something that is not there; where all has to be, fail it."""
-    if not there:
-        why = f"no {what} here: contrib/guest/fetch --all says why"
-        if os.environ.get("CI"):
-            pytest.fail(why)
-        pytest.skip(why)
 
 
 class Machine:

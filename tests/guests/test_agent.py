@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import uml
 from console import STILL
-from machine import need
 
-from launch import Daemon, until
+from launch import Daemon, need, until
 
 pytestmark = pytest.mark.guest
 
