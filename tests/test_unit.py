@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from vhost_device_console import config
-from vhost_device_console.cli import cli
+from vhost_device_console.commands.daemon import daemon as cli
 
 import launch
 
