@@ -17,7 +17,7 @@ class Target(Protocol):
 
 NAMES = (
     *("messages", "framing", "session", "memory", "rings", "inflight", "console", "state"),
-    *("records", "worker", "custody"),
+    *("records", "worker", "custody", "attached", "shown"),
 )
 
 

@@ -11,24 +11,24 @@ from collections.abc import Iterable
 
 import msgspec
 from source import Source
-from vhost_device_console import config, health, monitor
+from vhost_device_console import config, health, monitor, reception
 from vhost_device_console.errors import ConfigError, ConsoleError
 
 
-def _answer(request: monitor.Request) -> monitor.Status | monitor.Done:
+def _answer(request: monitor.Request, _fds: list[int]) -> monitor.Status | monitor.Done:
     if isinstance(request, monitor.StatusRequest):
         return monitor.Status(version="0", guests=[])
     raise ConsoleError(f"no {request}")
 
 
 _nobody = os.eventfd(0, os.EFD_CLOEXEC)
-_server = monitor.Server(selectors.DefaultSelector(), _nobody, _answer)
+_server = reception.Server(selectors.DefaultSelector(), _nobody, _answer)
 _replies: msgspec.json.Decoder[monitor.Reply] = msgspec.json.Decoder(monitor.Reply)
 
 
 def _request(data: bytes) -> None:
     line = data.replace(b"\n", b" ")
-    reply = _server._reply(bytearray(line))  # noqa: SLF001
+    reply = _server._reply(bytearray(line), [])  # noqa: SLF001
     assert reply.endswith(b"\n")
     assert reply.count(b"\n") == 1
     decoded = _replies.decode(reply)
