@@ -177,12 +177,12 @@ class Bench:
                 self._keep(cell.name, name, lambda side: self._measure(side, cell, seconds))
         if cell.floor:
             arguments = [*cell.arguments.split(), f"--floor={cell.floor}"]
-            self._add(cell.name, "floor", self._run(arguments, seconds))
+            self._add(cell.name, "floor", self.run(arguments, seconds))
 
     def measure_copy(self, seconds: float) -> None:
         """Run one round of the plain socket copy."""
         if not self._skips("copy"):
-            self._add("copy", "floor", self._run(["copy"], seconds))
+            self._add("copy", "floor", self.run(["copy"], seconds))
 
     def measure_memory(self, guests: int) -> None:
         """Measure the memory of `guests` connected guests, a client each, on each side."""
@@ -261,7 +261,7 @@ class Bench:
 
         def measure(side: Side) -> Record:
             with started(side, self.folder, guests, self.layout.every) as daemon:
-                record = self._run(["answer", *_where(daemon), f"--guests={guests}"], GRACE)
+                record = self.run(["answer", *where(daemon), f"--guests={guests}"], GRACE)
                 if "error" not in record:
                     record["start_s"] = float(record["monotonic_ns"]) / 1e9 - daemon.began
                 return record
@@ -297,7 +297,7 @@ class Bench:
             def begun() -> None:
                 before.update(daemon.cpu_seconds())
 
-            record = self._run([*cell.arguments.split(), *_where(daemon)], seconds, begun)
+            record = self.run([*cell.arguments.split(), *where(daemon)], seconds, begun)
             after = daemon.cpu_seconds()
             record["cpu_s"] = sum(after.values()) - sum(before.values())
             if not after.keys() >= before.keys():
@@ -308,7 +308,7 @@ class Bench:
                 record["missed"] = missed
             return record
 
-    def _run(
+    def run(
         self,
         arguments: list[str],
         seconds: float,
@@ -347,7 +347,7 @@ class Bench:
 
     @contextmanager
     def _idle_guests(self, daemon: Daemon, guests: int) -> Iterator[None]:
-        command = [self.frontend, "idle", *_where(daemon), f"--guests={guests}"]
+        command = [self.frontend, "idle", *where(daemon), f"--guests={guests}"]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             try:
@@ -361,7 +361,8 @@ class Bench:
                 process.kill()
 
 
-def _where(daemon: Daemon) -> list[str]:
+def where(daemon: Daemon) -> list[str]:
+    """Return the frontend's options that say where `daemon` is."""
     return [f"--socket={daemon.socket}", f"--port={daemon.port}"]
 
 
