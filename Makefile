@@ -4,12 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 CORE_TESTS := tests/worker tests/properties tests/integration tests/guests \
     tests/test_journal.py tests/test_ledger.py tests/test_packaging.py
-SCRIPTS := contrib/environment contrib/demo contrib/guest/fetch
+SCRIPTS := contrib/environment contrib/demo contrib/guest/fetch contrib/web/vendor contrib/man/generate
 
-.PHONY: help demo test test-compiled check fuzz soak bench dist clean format
+.PHONY: help demo web test test-compiled check fuzz soak bench pictures dist clean format
 
 help:
-	@echo 'make demo    boot a Linux guest with its console on this terminal (Ctrl-] q leaves)'
+	@echo 'make demo    boot a Linux guest with its console on this terminal (Ctrl-] q leaves);'
+	@echo '             WEB=1: two of them, on a page'
+	@echo 'make web     fetch what the page is made of besides this, with npm'
 	@echo 'make test    fetch guests and run the whole suite'
 	@echo 'make test-compiled  what the core has a part in, with the compiled core'
 	@echo 'make check   format, lint, types and import contracts'
@@ -17,19 +19,23 @@ help:
 	@echo 'make fuzz    look for inputs that break it, FUZZ_SECONDS (20) for each target'
 	@echo 'make soak    50 guests and all that may happen to them, for SOAK_MINUTES (30)'
 	@echo 'make bench   measure, beside the Rust vhost-device-console where it can be had'
+	@echo 'make pictures  have the tests make the pictures of the docs'
 	@echo 'make dist    build the packages, install the wheel and try it'
 	@echo 'make clean   remove what was built; .venv and fetched guests too'
 
-demo:
-	@$(PYTHON) contrib/environment
-	@$(BIN)/python contrib/demo
+demo: $(if $(WEB),web)
+	@$(PYTHON) contrib/environment $(if $(WEB),web)
+	@$(BIN)/python contrib/demo $(if $(WEB),--web)
 
-test:
+web:
+	@$(PYTHON) contrib/web/vendor
+
+test: web
 	@$(PYTHON) contrib/environment test
 	@$(PYTHON) contrib/guest/fetch --all >&2 || true
 	@$(BIN)/pytest -n auto
 
-test-compiled:
+test-compiled: web
 	@$(PYTHON) contrib/environment --compiled test
 	@$(PYTHON) contrib/guest/fetch --all >&2 || true
 	@build/compiled/bin/pytest -n auto $(CORE_TESTS)
@@ -56,13 +62,20 @@ soak:
 	@$(PYTHON) contrib/environment --compiled bench
 	@build/compiled/bin/python tests/soak/soak.py
 
-bench:
+bench: web
 	@$(PYTHON) contrib/environment --compiled bench
 	@$(PYTHON) contrib/guest/fetch --all >&2 || true
 	@build/compiled/bin/python benchmarks/run.py
 
-dist:
+pictures: web
+	@$(PYTHON) contrib/environment test
+	@$(PYTHON) contrib/guest/fetch >&2
+	@SCREENSHOTS=docs/pictures $(BIN)/pytest -q tests/web tests/guests/test_people.py \
+	    -k 'pictures or phone or look_and_power_off'
+
+dist: web
 	@$(PYTHON) contrib/environment dist
+	@$(BIN)/python contrib/man/generate
 	rm -rf dist build/lib build/bdist.* build/wheel
 	$(BIN)/python -m build
 	$(BIN)/python -m venv --without-pip build/wheel

@@ -36,4 +36,4 @@ def test_every_tested_version_is_pinned() -> None:
     wanted = chain(project["dependencies"], *project["optional-dependencies"].values())
     pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     names = {re.split("[<>=~!;[ ]", requirement)[0] for requirement in wanted}
-    assert names - pinned == set()
+    assert names - pinned == {project["name"]}
