@@ -11,7 +11,7 @@ from pkgutil import resolve_name
 import pytest
 from click import Command, Group
 from vhost_device_console import config
-from vhost_device_console.cli import cli
+from vhost_device_console.commands.daemon import daemon
 from vhost_device_console.testing.conformance import STATEMENTS
 from vhost_device_console.worker.console.device import FEATURES
 from vhost_device_console.worker.vhost_user.session import Session
@@ -90,7 +90,7 @@ def test_a_command_of_the_documents_is_one_that_there_is(arguments: list[str]) -
     for option, value in pairwise(arguments):
         if option == "--port":
             config.parse_port(value, option)
-    command: Command = cli
+    command: Command = daemon
     while isinstance(command, Group) and arguments[0] in command.commands:
         command, arguments = command.commands[arguments[0]], arguments[1:]
     command.make_context("vhost-device-console", arguments)
