@@ -179,7 +179,9 @@ class Terminal:
             largest = _BRIGHTEST
         elif ":" in parameters:
             return ""
-        numbers = [str(min(int(n.lstrip("0")[:5] or 0), largest)) for n in parameters.split(";")[:32]]
+        numbers = [
+            str(min(int(n.lstrip("0")[:5] or 0), largest)) for n in parameters.split(";")[:32]
+        ]
         return f"\x1b[{match['prefix']}{';'.join(numbers)}{match['final']}"
 
     @property
