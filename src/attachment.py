@@ -19,9 +19,9 @@ import struct
 
 import msgspec
 
-#: Bytes of output in one record; of any record.
+#: Bytes of output in one record; of any record, such as one of 256 people with long names.
 MOST_OUTPUT = 1 << 16
-LARGEST = MOST_OUTPUT + 64
+LARGEST = 1 << 17
 
 #: Bytes of input in one record, and those that may be on their way, unacknowledged.
 MOST_INPUT = 1 << 12

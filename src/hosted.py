@@ -92,6 +92,7 @@ class Hosted:
         self.journals: dict[int, int] = {}
         self.logs: dict[int, LogFiles] = {}
         self._kept_logs: dict[int, dict[int, int]] = {}  # of another program
+        self._taken_over: set[int] = set()  # ports that another program had
         self._noted: dict[int, int] = {}  # how many entries of each log's index are known
         self.sizes: dict[int, custody.Resize] = {}
         self.supervisor = Supervisor(now)
@@ -247,13 +248,13 @@ class Hosted:
             reason = (error.strerror or str(error)).lower()
             raise ConsoleError(f"{self.guest.name}: its worker cannot be told: {reason}") from error
 
-    def port(self, which: str) -> Port:
+    def port(self, which: str | int) -> Port:
         """Return the port with this name or, else, this id; raises ConsoleError."""
         for port in self.guest.ports:
             if monitor.text(port.name) == which:
                 return port
         for port in self.guest.ports:
-            if str(port.id) == which:
+            if which in (port.id, str(port.id)):
                 return port
         raise ConsoleError(f"{self.guest.name} has no port {which}")
 
@@ -298,6 +299,7 @@ class Hosted:
         os.close(self.journals.pop(port.id))
         if (log := self.logs.pop(port.id, None)) is not None:
             log.close()
+        self._taken_over.discard(port.id)
         self._noted.pop(port.id, None)
         del self.past[port.id]
         self.sizes.pop(port.id, None)
@@ -345,8 +347,13 @@ class Hosted:
         return ledger.is_known(self.ledger) and can_resume(self.porter.snapshot)
 
     def begin_anew(self) -> None:
-        """Forget what the last worker has left; raises OSError."""
+        """Forget what the last worker has left, but for where the logs are; raises OSError."""
         made = ledger.create(self.guest.name)
+        try:
+            ledger.copy_logs(self.ledger, made, self._taken_over & self.logs.keys())
+        except OSError:
+            os.close(made)
+            raise
         os.close(self.ledger)
         self.ledger = made
         self.porter.forget()
@@ -400,6 +407,7 @@ class Hosted:
                 self.journals[port_id] = fd
             else:
                 os.close(fd)
+        self._taken_over = kept
         self.added = {*saved.added} & kept
         self.sizes = {size.port: size for size in saved.sizes if size.port in kept}
         self.past.update({port.id: port for port in saved.past if port.id in kept})
@@ -529,7 +537,10 @@ class Hosted:
 def _is_pair(fd: int) -> bool:
     sock = socket.socket(fileno=fd)
     try:
+        sock.getpeername()
         return (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    except OSError:  # it has no other end
+        return False
     finally:
         sock.detach()
 

@@ -36,6 +36,9 @@ _OWN_NAME = re.compile(r"[0-9]+\.sock")
 #: A number of characters: what a le16 of the console's has room for.
 _Characters = Annotated[int, msgspec.Meta(ge=0, le=(1 << 16) - 1)]
 
+#: A number of bytes, or of a journal.
+_Word = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+
 
 class StatusRequest(msgspec.Struct, tag_field="type", tag="status"):
     """Ask how every guest is."""
@@ -65,19 +68,19 @@ class Resize(msgspec.Struct, tag_field="type", tag="resize"):
 
 
 class Attach(msgspec.Struct, tag_field="type", tag="attach", kw_only=True):
-    """Attach to a port, its id or its name, None for its guest's console.
+    """Attach to a port: its name or its id as text, its id as a number, None for the console.
 
     With the request comes one end of a SOCK_SEQPACKET pair, on which the two sides talk as in
     `attachment`. What the rest means stands at `custody.Attach`.
     """
 
     guest: str
-    port: str | None = None
+    port: str | int | None = None
     name: Annotated[str, msgspec.Meta(max_length=64)]
     write: bool = True
-    replay: Annotated[int, msgspec.Meta(ge=0)] | None = None
-    since: Annotated[int, msgspec.Meta(ge=0)] | None = None
-    journal: int = 0
+    replay: _Word | None = None
+    since: _Word | None = None
+    journal: _Word = 0
     columns: _Characters = 0
     rows: _Characters = 0
     look: bool = False

@@ -22,6 +22,9 @@ MOST_CLIENTS = 16
 #: Bytes a request may have.
 LARGEST_REQUEST = 1 << 16
 
+#: Descriptors that may come with it.
+MOST_FDS = 4
+
 #: Bytes of replies kept for a client that does not read them; then it is dropped.
 MOST_UNREAD = 1 << 22
 
@@ -162,7 +165,8 @@ class Server:
             client.fds.clear()
             if not self._flush(client):
                 return False
-        return bool(data) and len(client.received) < LARGEST_REQUEST
+        few = len(client.fds) <= MOST_FDS and len(client.received) < LARGEST_REQUEST
+        return bool(data) and few
 
     def _reply(self, line: bytearray, fds: list[int]) -> bytes:
         try:

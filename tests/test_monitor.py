@@ -31,7 +31,13 @@ from vhost_device_console.monitor import (
     Status,
     StatusRequest,
 )
-from vhost_device_console.reception import LARGEST_REQUEST, MOST_CLIENTS, MOST_UNREAD, Server
+from vhost_device_console.reception import (
+    LARGEST_REQUEST,
+    MOST_CLIENTS,
+    MOST_FDS,
+    MOST_UNREAD,
+    Server,
+)
 
 from launch import WITHIN
 
@@ -194,6 +200,11 @@ def test_a_request_may_come_in_pieces(desk: Desk) -> None:
         b'{"type":"resize","guest":"web","port":"0","columns":-1,"rows":5}',
         b'{"type":"resize","guest":"web","port":"0","columns":80,"rows":65536}',
         b'{"type":"resize","guest":"web","port":"0","columns":"80","rows":24}',
+        *(
+            b'{"type":"attach","guest":"web","name":"x","%s":%d}' % (which, number)
+            for which in (b"since", b"replay", b"journal")
+            for number in (-1, 1 << 63)
+        ),
         b"\xff\xfe",
         b"[" * 5000,
         b'{"type":"status","more":' + b"[" * 5000,
@@ -259,6 +270,14 @@ def test_an_endless_request_costs_its_client_the_connection(desk: Desk) -> None:
     rest = b"x" * LARGEST_REQUEST
     while rest:
         rest = rest[client.send(rest) :]
+        desk.turn()
+    assert client.recv(1) == b""
+
+
+def test_endless_descriptors_cost_their_client_the_connection(desk: Desk) -> None:
+    client = desk.connect()
+    for _ in range(MOST_FDS + 1):
+        socket.send_fds(client, [b" "], [client.fileno()])
         desk.turn()
     assert client.recv(1) == b""
 

@@ -13,6 +13,8 @@ import msgspec
 
 from .. import attachment, monitor
 from ..attachment import Acknowledged, Ask, AskWho, Bye, Hello, Resumed, Role, Size, Who
+from ..errors import ConsoleError
+from ..words import clean
 
 #: Records taken before the caller has a turn.
 _AT_ONCE = 64
@@ -55,6 +57,7 @@ class Link:
         self._sock: socket.socket | None = None
         self._record = memoryview(bytearray(attachment.LARGEST))
         self._unsure = 0  # bytes that were typed before the last connection was lost
+        self._greeted = False
         self._begin_typing(0, 0)
 
     def _begin_typing(self, epoch: int, offset: int) -> None:
@@ -85,6 +88,7 @@ class Link:
         """Go on over `sock`, which does not block and whose other end is attached already."""
         self._sock = sock
         self._unsure = len(self._typed)
+        self._greeted = False
         self._begin_typing(0, 0)
 
     def fileno(self) -> int:
@@ -113,7 +117,7 @@ class Link:
     def receive(self) -> Iterator[Event]:
         """Yield what has come, at most a share of it; a memoryview, output, lasts until the next.
 
-        Raises LinkLostError.
+        Raises LinkLostError, and ConsoleError when something comes that nobody here understands.
         """
         for _ in range(_AT_ONCE):
             if self._sock is None:
@@ -127,7 +131,15 @@ class Link:
             if size == 0:
                 self.close()
                 raise LinkLostError
-            yield from self._take(attachment.told(self._record[:size]))
+            try:
+                told = attachment.told(self._record[:size])
+            except ValueError:
+                self.close()
+                raise ConsoleError(
+                    f"the daemon of {clean(self.request.guest)} says what this command does not "
+                    "know: use one of the daemon's version"
+                ) from None
+            yield from self._take(told)
 
     def _take(self, told: attachment.Told | attachment.Output) -> Iterator[Event]:
         if isinstance(told, attachment.Output):
@@ -140,13 +152,15 @@ class Link:
             self.flush()
         elif isinstance(told, Role):
             yield from self._role(told)
-        else:
-            if isinstance(told, Hello):
-                yield from self._hello(told)
+        elif not isinstance(told, Hello):
+            yield told
+        elif not self._greeted:  # a killed worker's successor may not know that it was
+            yield from self._hello(told)
             yield told
 
     def _hello(self, hello: Hello) -> Iterator[Event]:
-        if self.at is not None and hello.journal != self.journal:
+        self._greeted = True
+        if self.at is not None and self.journal not in (0, hello.journal):
             yield Gap(None)
         elif self.at is not None and hello.at > self.at:
             yield Gap(hello.at - self.at)

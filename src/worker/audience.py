@@ -343,6 +343,8 @@ class Audience:
         for seat in restored:
             if isinstance(seat.client, Attached):
                 seat.client.read_to = seat.read
+                if not (seat.read or seat.written):  # nobody knows whether it was greeted
+                    self._greet(seat, seat.client)
                 seat.client.resumed()
             if seat.plays:
                 self._roles.resumed(seat)
@@ -481,7 +483,8 @@ class Audience:
         if attach is not None and isinstance(client, Attached):
             told.framed, told.size = True, client.columns_rows
             told.looks = attach.look
-            told.standing = Standing(attach.write and not attach.look)
+            if not attach.look:
+                told.standing = Standing(attach.write)
             seat.begin(self._port.attach(self._start(attach), looks=attach.look))
             self._greet(seat, client)
         else:
@@ -523,7 +526,7 @@ class Audience:
     def _start(self, attach: Attach) -> int:
         """Return where somebody who attaches begins to read."""
         output = self._port.output
-        if attach.since is not None and attach.journal == self._journal:
+        if attach.since is not None and attach.journal in (0, self._journal):
             return min(max(attach.since, output.tail), output.head)
         if attach.replay is None:
             return output.tail
@@ -554,7 +557,7 @@ class Audience:
         for question in asked:
             if not isinstance(question, Ask):
                 client.tell(self._who(client))
-            elif self._roles.asked(seat, question):
+            elif seat.plays and self._roles.asked(seat, question):
                 self._roles_changed()
         if client.resized:
             client.resized = False
@@ -584,6 +587,8 @@ class Audience:
     def _who(self, asker: Attached) -> Who:
         people = []
         for seat in self._seats:
+            if seat.told.looks:
+                continue
             client = seat.client
             columns, rows = client.size()
             people.append(
@@ -608,7 +613,11 @@ class Audience:
 
     def _readable(self, seat: _Seat, events: int = 0) -> None:
         if seat.paused:
-            if events & _END:
+            if events & _END and seat.silent:
+                lost = seat.client.unread()
+                self._warn(seat.client, f"typed {lost} bytes that do not count, and has ended")
+                self._ended(seat)
+            elif events & _END:
                 # Reported for ever from here on; what is left to read waits for room.
                 self._poller.forget(seat.client.reads)
                 seat.polled = False
@@ -692,8 +701,8 @@ class Audience:
         if self._fixed != (0, 0):
             size, by = self._fixed, "resize"
         else:
-            sizes = {seat: seat.client.size() for seat in self._seats}
-            known = [seat for seat in self._seats if sizes[seat] != (0, 0)]
+            sizes = {seat: seat.client.size() for seat in self._seats if not seat.told.looks}
+            known = [seat for seat, size in sizes.items() if size != (0, 0)]
             if not known:
                 self._port.size_by = ""
                 return

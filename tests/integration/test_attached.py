@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 from scene import assert_same, attach, boot, converse, exactly, numbered, wait_port
 from vhost_device_console import monitor
 from vhost_device_console.attachment import Ask, AskWho, Hello, Role, Size, Who
+from vhost_device_console.errors import ConsoleError
 from vhost_device_console.people.link import Dropped, Event, Gap, Link, LinkLostError
 
 from conftest import StartDaemon
@@ -151,6 +153,51 @@ def test_who_only_watches_never_writes(served: Daemon) -> None:
         assert not watcher.link.writer
 
 
+def test_who_looks_is_nobody(served: Daemon) -> None:
+    """Not listed, and never the writer, nor asked for its size."""
+    looker = Person(served, look=True, columns=9, rows=9)
+    with boot(served) as console, closing(looker.link):
+        looker.expect(Hello)
+        looker.link.ask(Ask(write=True, force=True))
+        looker.link.ask(AskWho())
+        assert looker.expect(Who).people == []  # type: ignore[union-attr]
+        assert not looker.link.writer
+        with person(served) as somebody:
+            somebody.type(b"mine")
+            assert console.read(4) == b"mine"
+        wait_port(served, columns=0, rows=0)
+
+
+def test_what_is_no_pair_is_refused_in_a_line(served: Daemon) -> None:
+    request = monitor.Attach(guest=served.status()[0]["name"], name="x")
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as alone,
+        pytest.raises(ConsoleError, match="one end of a SOCK_SEQPACKET pair has to come"),
+    ):
+        monitor.attach(served.monitor, request, alone)
+
+
+def test_who_keeps_the_worker_s_end_cannot_have_it_wait(served: Daemon) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with boot(served) as console, ours, theirs:
+        request = monitor.Attach(guest=served.status()[0]["name"], name="x")
+        monitor.attach(served.monitor, request, theirs)
+        assert ours.recv(1)
+        theirs.setblocking(True)
+        console.write(numbered(1 << 20))  # more than there is room for
+        with person(served, replay=0) as somebody:
+            console.write(b"still here")
+            assert somebody.read(10) == b"still here"
+
+
+def test_since_an_offset_of_whichever_journal_there_is(served: Daemon) -> None:
+    with boot(served) as console:
+        console.write(b"0123456789")
+        with person(served, since=7) as somebody:
+            assert somebody.read(3) == b"789"
+            assert not [event for event in somebody.seen if isinstance(event, Gap)]
+
+
 def test_who_is_here(served: Daemon) -> None:
     with (
         boot(served),
@@ -271,6 +318,21 @@ def test_plain_clients_and_those_who_attach_take_turns_together(
         somebody.expect(Role, writer=True)
         somebody.type(b"now")
         assert console.read(3) == b"now"
+
+
+@pytest.mark.parametrize("typing", ["first", "none"])
+def test_who_leaves_before_its_turn_is_gone(turns: Turns, typing: str) -> None:
+    served = turns(typing)
+    with boot(served) as console, attach(served) as first:
+        with attach(served, readers=2) as second:
+            second.sendall(b"unheard")
+        served.expect_log("typed 7 bytes that do not count, and has ended")
+        with person(served, write=False) as somebody:
+            somebody.link.ask(AskWho())
+            people = somebody.expect(Who).people  # type: ignore[union-attr]
+            assert [one.attached for one in people] == [False, True]
+        console.write(b"on")
+        assert exactly(first, 2) == b"on"
 
 
 def test_plain_clients_only_watch(turns: Turns) -> None:

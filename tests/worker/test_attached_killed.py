@@ -95,6 +95,7 @@ class Scene(killed.Scene):
             ours.close()
         for who in range(3):
             self.drain(who)
+        assert all(link._greeted for link in self.links)  # noqa: SLF001
         journal = Journal(self.journal)
         self.taken = b"".join(used.data for used in self.sides.driver.reap())
         self.waiting = journal.input.copy()

@@ -9,10 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from socket import MSG_DONTWAIT, MSG_NOSIGNAL, MSG_PEEK
 
 from ... import attachment
 from ...attachment import Acknowledged, Ask, AskWho, Bye, Resumed, Role, Told
 from .stream import StreamClient, adopt
+
+# Every call says itself that it does not wait: whoever sent this end may have kept it, too, and
+# make it one that waits.
 
 #: What a client asks without waiting for an answer before it is hung up on, unless it reads.
 _MOST_ASKED = 64
@@ -55,6 +59,7 @@ class Attached(StreamClient):
 
     def tell(self, message: Told) -> None:
         """Have it told before its next output: of each kind the latest."""
+        self._due.pop(type(message), None)  # what is said later counts more
         self._due[type(message)] = attachment.encode(message)
 
     def say(self) -> bool:
@@ -62,7 +67,7 @@ class Attached(StreamClient):
         while self._due:
             kind, record = next(iter(self._due.items()))
             try:
-                self._sock.send(record, socket.MSG_NOSIGNAL)
+                self._sock.send(record, MSG_NOSIGNAL | MSG_DONTWAIT)
             except BlockingIOError:
                 return False
             del self._due[kind]
@@ -73,7 +78,7 @@ class Attached(StreamClient):
         piece = data[: attachment.MOST_OUTPUT]
         header = attachment.output_header(self.at)
         try:
-            self._sock.sendmsg([header, piece], [], socket.MSG_NOSIGNAL)
+            self._sock.sendmsg([header, piece], [], MSG_NOSIGNAL | MSG_DONTWAIT)
         except BlockingIOError:
             return 0
         return len(piece)
@@ -95,7 +100,7 @@ class Attached(StreamClient):
             span[: len(part)] = part
             count += len(part)
             if count == len(typed):
-                self._sock.recv(1)  # else the rest of the record is read once there is room
+                self._take()  # else the rest of the record is read once there is room
                 break
         self.read_to += count
         self.tell(Acknowledged(self.read_to))
@@ -108,9 +113,11 @@ class Attached(StreamClient):
         """
         while True:
             try:
-                size = self._sock.recv_into(self._scratch, 0, socket.MSG_PEEK)
+                size = self._sock.recv_into(self._scratch, 0, MSG_PEEK | MSG_DONTWAIT)
             except BlockingIOError:
                 return None
+            except OSError as error:
+                raise ConnectionResetError(str(error)) from None
             if size == 0:
                 raise ConnectionResetError("the client has hung up")
             try:
@@ -120,11 +127,18 @@ class Attached(StreamClient):
             if isinstance(said, attachment.Input):
                 if typed := self._new_part(said):
                     return typed
-                self._sock.recv(1)
+                self._take()
             else:
-                self._sock.recv(1)
+                self._take()
                 self._hear(said)
                 return None
+
+    def _take(self) -> None:
+        """Take the record that was looked at."""
+        try:
+            self._sock.recv(1, MSG_DONTWAIT)
+        except OSError as error:  # somebody else has taken it
+            raise ConnectionResetError(str(error)) from None
 
     def _hear(self, said: attachment.Said) -> None:
         if isinstance(said, attachment.Size):
