@@ -256,7 +256,8 @@ def _compress(source: int, target: int, now: os.stat_result) -> NoReturn:
         os.dup2(source, 0)
         os.dup2(target, 1)
         os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        os.nice(19)
+        with suppress(OSError):  # a service may not be let
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         import zlib  # only here
 
         gzip = zlib.compressobj(_LEVEL, zlib.DEFLATED, _GZIP)

@@ -19,6 +19,7 @@ import mmap
 import os
 import sys
 from array import array
+from collections.abc import Iterable
 from typing import NamedTuple
 
 _PAGE = 4096
@@ -98,6 +99,20 @@ def is_known(fd: int) -> bool:
     return os.fstat(fd).st_size == _BYTES
 
 
+def copy_logs(old: int, new: int, port_ids: Iterable[int]) -> None:
+    """Have a new ledger know of those ports' logs what an old one of this version knows.
+
+    Raises OSError.
+    """
+    for port_id in port_ids if is_known(old) else ():
+        at = _log_at(port_id)
+        os.pwrite(new, os.pread(old, _LOG_BYTES, at), at)
+
+
+def _log_at(port_id: int) -> int:
+    return _QUEUES * _PAGE + port_id * _PORT_BYTES + _RECORD_BYTES
+
+
 class Ledger:
     """A mapped ledger.
 
@@ -150,13 +165,13 @@ def log_entries(fd: int, port_id: int, known: int) -> tuple[int, list[LogEntry]]
     """
     if not is_known(fd):
         return known, []
-    at = _QUEUES * _PAGE + port_id * _PORT_BYTES + _RECORD_BYTES + LOG_INDEX.start
+    at = _log_at(port_id) + LOG_INDEX.start
     count = int.from_bytes(os.pread(fd, 8, at), sys.byteorder)
     if count <= known:
         return count, []
     words = array("Q", os.pread(fd, 8 * _ENTRY_WORDS * LOG_ENTRIES, at + 8))
     after = int.from_bytes(os.pread(fd, 8, at), sys.byteorder)
     # One more may be about to be written, over the oldest.
-    first = max(known, after + 1 - LOG_ENTRIES)
+    first = max(known, after + 1 - LOG_ENTRIES, count - LOG_ENTRIES)
     numbers = (number % LOG_ENTRIES * _ENTRY_WORDS for number in range(first, count))
     return count, [LogEntry(*words[number : number + _ENTRY_WORDS]) for number in numbers]

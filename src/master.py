@@ -67,6 +67,9 @@ _WORDS_AT_ONCE = 64
 #: The ages of logs are looked at so often at least: somebody may set the clock.
 _AGES_S = 60.0
 
+#: Seconds until a log that could not be begun anew is tried again.
+_AGAIN_S = 1.0
+
 #: Seconds that a worker has to leave its guest to a successor.
 _LEAVE_WITHIN = 5.0
 
@@ -541,7 +544,9 @@ class _Master:
         """Begin other logs where it is time, now and from now on."""
         left = [each for guest in self._guests if (each := guest.age_logs()) is not None]
         if left:
-            self._ages.start(max(0.0, min(_AGES_S, *left)))
+            soonest = min(_AGES_S, *left)
+            # One whose time is over cannot be begun anew now: its folder is full, say.
+            self._ages.start(soonest if soonest > 0 else _AGAIN_S)
 
     def _take_in(self, name: str, port: int, client: socket.socket) -> None:
         """Hand a client that came by TLS to its guest's worker."""

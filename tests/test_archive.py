@@ -43,13 +43,17 @@ def child(begun: Archive) -> int:
     return pid
 
 
-def finish(begun: Archive) -> None:
-    """Wait for the child's end, and have it known."""
+def wait_ended(begun: Archive) -> None:
     fd = os.pidfd_open(child(begun))
     try:
         assert select.select([fd], [], [], WITHIN)[0], "the child never ends"
     finally:
         os.close(fd)
+
+
+def finish(begun: Archive) -> None:
+    """Wait for the child's end, and have it known."""
+    wait_ended(begun)
     assert begun.reap()
 
 
@@ -132,6 +136,29 @@ def test_a_file_is_compressed_and_is_as_it_was(tmp_path: Path, make: Make) -> No
     assert texts(tmp_path) == {"log.1.gz": text}
     assert (stat.S_IMODE(now.st_mode), now.st_mtime) == (0o640, 2000)
     assert now.st_size < 10_000
+
+
+def test_it_is_compressed_when_nothing_else_wants_to_run(tmp_path: Path, make: Make) -> None:
+    write(tmp_path, log_1="a")
+    begun = make(compress=True)
+    begun.mind(0, [])
+    wait_ended(begun)
+    assert os.sched_getscheduler(child(begun)) == os.SCHED_IDLE
+
+
+def test_it_is_compressed_where_that_is_not_allowed(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    for name in ("nice", "sched_setscheduler"):  # as the unit's filter of system calls does
+        monkeypatch.setattr(os, name, refuse)
+    write(tmp_path, log_1="a")
+    begun = make(compress=True)
+    begun.mind(0, [])
+    finish(begun)
+    assert texts(tmp_path) == {"log.1.gz": "a"}
 
 
 def test_one_after_the_other_is_compressed(tmp_path: Path, make: Make) -> None:

@@ -179,7 +179,7 @@ class Guest:
             self._resume(_decode(inheritance.snapshot), doors, inheritance)
         else:
             for port, files, end in doors:
-                self._add_port(port, files, end)
+                self._begin_port(port, files, end)
         for people in self._audiences.values():
             people.adopt()
 
@@ -441,6 +441,9 @@ class Guest:
         stale = self._log_record(described.id)[: LOG_INDEX.stop]  # it may be another port's
         if any(stale):
             stale[:] = bytes(len(stale))
+        self._begin_port(described, files, end)
+
+    def _begin_port(self, described: config.Port, files: PortFiles, end: _End) -> None:
         port = self._make_port(described, files)
         self._open(described, port, end)
         self._console.add(port)

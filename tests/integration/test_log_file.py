@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import select
 import signal
 import struct
 import subprocess
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from scene import (
     MARKER,
@@ -370,6 +372,25 @@ def test_another_file_is_begun_as_time_goes_by(daemon: StartDaemon, folder: Path
         console.write(b"second")
         until((folder / "log0.2").exists, "it is never too old")
     assert in_order(folder) == b"firstsecond"
+
+
+def test_what_cannot_be_begun_anew_now_is_tried_again_and_not_all_the_time(
+    daemon: StartDaemon, folder: Path
+) -> None:
+    hindrance = folder / "log0.new"
+    hindrance.mkdir()
+    running = daemon("unix", 1, *("--log-file", str(folder / "log"), "--log-max-age", "1s"))
+    process = psutil.Process(running.pid)
+    with boot(running) as console:
+        console.write(b"first")
+        running.expect_log("log0 cannot be rotated")
+        before = sum(process.cpu_times()[:2])
+        assert running.process.stderr is not None
+        # Nothing can be waited for here: the claim is that next to nothing happens.
+        assert not select.select([running.process.stderr.fileno()], [], [], 1.0)[0]
+        assert sum(process.cpu_times()[:2]) - before < 0.3
+        hindrance.rmdir()
+        until((folder / "log0.1").exists, "it is not tried again")
 
 
 def test_the_index_says_when_output_came(daemon: StartDaemon, folder: Path) -> None:

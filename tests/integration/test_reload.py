@@ -159,8 +159,13 @@ cli.main()
 """
 
 
-def test_a_worker_stays_whose_snapshot_the_new_program_does_not_know(daemon: StartDaemon) -> None:
-    served = daemon("network", 1, program=[sys.executable, "-c", OTHER_VERSION])
+def test_a_worker_stays_whose_snapshot_the_new_program_does_not_know(
+    daemon: StartDaemon, folder: Path
+) -> None:
+    """When it ends its guest begins anew, and its log goes on."""
+    log = folder / "log0"
+    other = [sys.executable, "-c", OTHER_VERSION]
+    served = daemon("network", 1, "--log-file", str(folder / "log"), program=other)
     before = served.workers()
     with attach(served) as peer, boot(served) as console:
         converse(console, peer)
@@ -175,6 +180,8 @@ def test_a_worker_stays_whose_snapshot_the_new_program_does_not_know(daemon: Sta
         served.expect_log("c.sock0: frontend dropped: no worker can go on from what")
     with attach(served) as peer, boot(served) as console:
         converse(console, peer)
+    served.close()
+    assert log.read_bytes() == b"to people\n" * 3
 
 
 def test_a_program_that_does_not_understand_this_one_changes_nothing(daemon: StartDaemon) -> None:

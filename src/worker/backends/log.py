@@ -215,7 +215,7 @@ class Log:
             if self._form is LogFormat.JSON:
                 since = self._began if self._examined > self._offset else now
                 text, count = objects(data, self._offset, now, since, all_of_it=urged)
-                self._mind_rest(data[count:], since if not count else now)
+                self._mind_rest(data, count, since)
             else:
                 text = stamped(data, bool(begun), now)
                 while len(text) > MOST_TEXT:
@@ -239,12 +239,14 @@ class Log:
             data += bytes(self._output.span(self._offset + len(data))[: most - len(data)])
         return data
 
-    def _mind_rest(self, rest: bytes, since: int) -> None:
-        """Let a line without an end wait for it, for a while."""
-        if rest and len(rest) < LONGEST_LINE:
-            self._examined = self._output.head
-            self._began = since
-            if self._line.due is None:
+    def _mind_rest(self, data: bytes, count: int, since: int) -> None:
+        """Let a line without an end, if there is no more behind `count` bytes, wait for a while."""
+        end, rest = self._offset + len(data), len(data) - count
+        half = 0 < rest < LONGEST_LINE and data.find(b"\n", count) < 0
+        if half and end == self._output.head:
+            self._examined = end
+            if count or self._line.due is None:
+                self._began = time.time_ns() if count else since
                 self._line.start(_LINE_S)
         else:
             self._line.stop()

@@ -603,6 +603,26 @@ def test_lines_are_all_there_whatever_their_pieces(lined: Scene) -> None:
     assert check(lined.form, lined.text()) == (lined.output.head, 0)
 
 
+def test_many_lines_that_come_at_once_are_written_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none is cut, though each look sees a part of them."""
+    monkeypatch.setattr(sys.modules[__name__], "SIZE", 1 << 16)
+    with ExitStack() as ends:
+        scene = Scene(tmp_path, ends)
+        scene.form = LogFormat.JSON
+        log = scene.begin()
+        for count in (7 * 5000 + 3, 7 * 2000):
+            scene.put(count)
+            assert log.flush()
+            assert log.served
+        lines = [json.loads(line)["text"] for line in scene.text().splitlines()]
+        assert lines == [f"{n:06x}\n" for n in range(7000)]
+        assert not log.flush()
+        end(log)
+        del log
+
+
 def test_half_a_line_waits_for_its_end_for_a_while(scene: Scene) -> None:
     scene.form = LogFormat.JSON
     log = scene.begin()
@@ -736,6 +756,21 @@ def test_the_index_says_when_bytes_came(scene: Scene) -> None:
         assert begun <= entries[0].time <= entries[1].time <= time.time_ns()
         assert ledger.log_entries(ledger_fd, 3, 2) == (2, [])
         end(log)
+    finally:
+        os.close(ledger_fd)
+
+
+def test_a_number_of_entries_that_jumps_back_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a worker that somebody has taken over writes such."""
+    ledger_fd = ledger.create("test")
+    pread, counts = os.pread, iter([1 << 40, 0])
+
+    def lie(fd: int, size: int, at: int) -> bytes:
+        return next(counts).to_bytes(8, sys.byteorder) if size == 8 else pread(fd, size, at)
+
+    monkeypatch.setattr(os, "pread", lie)
+    try:
+        assert len(ledger.log_entries(ledger_fd, 0, 0)[1]) == ledger.LOG_ENTRIES
     finally:
         os.close(ledger_fd)
 
