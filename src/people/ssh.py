@@ -149,8 +149,12 @@ class _Place:
 
     monitor: str
     guest: str
-    port: str | None
+    port: int
     role: Role
+
+    def is_same(self, other: _Place) -> bool:
+        """Say whether `other` is the same console and role, of whichever daemon."""
+        return (self.guest, self.port, self.role) == (other.guest, other.port, other.role)
 
 
 def _served(path: str | None) -> list[tuple[str, GuestStatus]]:
@@ -166,7 +170,8 @@ def _port(guest: GuestStatus, which: str | None) -> PortStatus | None:
     """Return the port called so, by name or id, or a guest's console."""
     if which is None:
         return next((port for port in guest.ports if port.console), next(iter(guest.ports), None))
-    return next((port for port in guest.ports if which in (str(port.id), port.name)), None)
+    named = [port for port in guest.ports if port.name == which]
+    return next(iter(named or [port for port in guest.ports if str(port.id) == which]), None)
 
 
 def _names(guest: GuestStatus, port: PortStatus) -> list[str]:
@@ -311,8 +316,8 @@ class _Server:
             ]
             if len(found) > 1:
                 raise ConsoleError(f"{len(found)} daemons have a guest {name}")
-            for at, guest, _, role in found:
-                return _Place(at, guest.name, which, role)
+            for at, guest, port, role in found:
+                return _Place(at, guest.name, port.id, role)
         names = ", ".join(sorted({guest.name for _, guest in guests}))
         raise ConsoleError(f"there is no guest {user} for you, only {names or 'none at all'}")
 
@@ -592,7 +597,7 @@ class _Session(asyncssh.SSHServerSession[bytes]):
             pause = min(2 * pause, _AGAIN_MOST_S)
             try:
                 place = await self._server.find(self._person, self._user)
-                if self._place is not None and place.role is not self._place.role:
+                if self._place is not None and not place.is_same(self._place):
                     self.leave(_GONE, "what you may do here has changed")
                 await self._connect(place)
             except ConsoleError:
@@ -608,7 +613,7 @@ class _Session(asyncssh.SSHServerSession[bytes]):
 
     async def _look_again(self, place: _Place) -> None:
         try:
-            same = (await self._server.find(self._person, self._user)).role is place.role
+            same = place.is_same(await self._server.find(self._person, self._user))
         except ConsoleError:
             same = False
         if not same:
@@ -627,7 +632,8 @@ class _Session(asyncssh.SSHServerSession[bytes]):
             self._forget_link()
             self._do([desk.lost()])
             self._server.begin(self._connect_again())
-        except ValueError as error:
+        except ConsoleError as error:
+            self._forget_link()
             self.leave(_GONE, clean(str(error)))
         self.consider()
 

@@ -210,6 +210,19 @@ def test_there_is_no_such_console(served: Daemon, serve: Serve, user: str) -> No
         assert person.wait() == 1
 
 
+def test_a_key_for_one_port_reaches_no_other(
+    daemon: StartDaemon, serve: Serve, folder: Path
+) -> None:
+    """Not the console, when none is named, nor one that is called as that one is numbered."""
+    ports = [f"--port=name={name},backend=unix,path={folder}/{name}" for name in ("agent", "1")]
+    served = daemon("unix", 1, *ports, program=HASTY)
+    guest = guest_of(served)
+    people = serve(keys=public(KEY, options=f'guests="{guest}:agent"'))
+    for user in (guest, f"{guest}:agent", f"{guest}:1"):
+        with people.come(user, terminal=False) as person:
+            person.expect(rb"\[attached to [^,]*, port 1, agent\]", aside=True)
+
+
 # Whoever is killed
 
 
