@@ -13,6 +13,9 @@ import click
 from .. import finding, monitor, tables
 from ..errors import ConsoleError
 from .options import (
+    COUNT,
+    SECONDS,
+    Number,
     Size,
     escape_option,
     extra,
@@ -34,11 +37,9 @@ def _look(place: str, path: str | None) -> tuple[str, monitor.Attach]:
 
 @click.command()
 @place_argument
-@click.option("--since", type=click.IntRange(0), metavar="OFFSET", help="All from there.")
-@click.option("--tail", type=click.IntRange(0), metavar="LINES", help="The last so many lines.")
-@click.option(
-    "--bytes", "most", type=click.IntRange(0), metavar="N", help="The last so many bytes."
-)
+@click.option("--since", type=COUNT, metavar="OFFSET", help="All from there.")
+@click.option("--tail", type=COUNT, metavar="LINES", help="The last so many lines.")
+@click.option("--bytes", "most", type=COUNT, metavar="N", help="The last so many bytes.")
 @click.option("-f", "--follow", is_flag=True, help="Go on with what comes, until Ctrl-C.")
 @click.option("--strip", is_flag=True, help="Without escape sequences and control characters.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object for each line.")
@@ -128,7 +129,7 @@ def screen(
 @click.command()
 @click.option(
     "--interval",
-    type=click.FloatRange(0.1, 3600),
+    type=Number(float, 0.1, 3600),
     default=1.0,
     show_default=True,
     metavar="SECONDS",
@@ -138,7 +139,7 @@ def screen(
 @click.option("--json", "as_json", is_flag=True, help="Print a line of JSON each time.")
 @socket_option
 def top(interval: float, once: bool, as_json: bool, path: str | None) -> None:
-    """Watch all guests: rates, who reads, how far behind, restarts, memory.
+    """Watch all guests: rates, how many read, how far behind, restarts, memory.
 
     \b
     vhost-device-console top
@@ -224,17 +225,15 @@ def _pattern(_ctx: click.Context, _param: click.Parameter, given: str | None) ->
     metavar="BYTES|all|none",
     help="How much of what came before to show first.",
 )
-@click.option("--since", type=click.IntRange(0), metavar="OFFSET", help="Show all from there.")
+@click.option("--since", type=COUNT, metavar="OFFSET", help="Show all from there.")
 @click.option("--read-only", is_flag=True, help="Only watch.")
 @click.option("--force", is_flag=True, help="Become the writer, whoever is now.")
 @escape_option
 @click.option("--expect", callback=_pattern, metavar="REGEX", help="End when this has come.")
-@click.option(
-    "--timeout", type=click.FloatRange(0), metavar="SECONDS", help="End with status 3 after that."
-)
+@click.option("--timeout", type=SECONDS, metavar="SECONDS", help="End with status 3 after that.")
 @click.option(
     "--linger",
-    type=click.FloatRange(0),
+    type=SECONDS,
     default=1.0,
     show_default=True,
     metavar="SECONDS",

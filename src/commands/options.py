@@ -70,6 +70,40 @@ class Size(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic 
         return size
 
 
+class Number(click.ParamType):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.2
+    """A number of `kind` from `least` to `most`, which are part of it."""
+
+    name = "number"
+
+    def __init__(self, kind: type[int | float], least: float, most: int) -> None:
+        self._kind = kind
+        self._least = least
+        self._most = most
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the number; raises click.BadParameter."""
+        try:
+            number = self._kind(value)
+        except ValueError:
+            number = None
+        if number is None or not self._least <= number <= self._most:  # what is NaN is neither
+            what = "whole number" if self._kind is int else "number"
+            raise click.BadParameter(
+                f"{value} is no {what} from {self._least} to {self._most}", ctx, param
+            )
+        return number
+
+
+#: As many bytes or lines as a daemon takes.
+COUNT = Number(int, 0, (1 << 63) - 1)
+
+#: 24 days, since epoll waits for less than 2**31 ms.
+MOST_SECONDS = 24 * 24 * 60 * 60
+SECONDS = Number(float, 0, MOST_SECONDS)
+
+
 def escape_key(_ctx: click.Context, _param: click.Parameter, given: str) -> int | None:
     """Return the control character that `^]`, `C-]` or `ctrl-]` means, None for `none`."""
     if given == "none":
@@ -99,13 +133,13 @@ log_level_option = click.option(
 )
 
 
-def replay(_ctx: click.Context, _param: click.Parameter, given: str) -> int | None:
+def replay(ctx: click.Context, param: click.Parameter, given: str) -> int | None:
     """Return how many bytes to begin with, None for all that there are."""
     if given in ("all", "none"):
         return None if given == "all" else 0
     if not given.isdecimal():
         raise click.BadParameter(f"{given} is no number of bytes, nor all or none")
-    return int(given)
+    return int(COUNT.convert(given, param, ctx))
 
 
 def extra(module: str, extra: str) -> Any:

@@ -14,12 +14,22 @@ import click
 from .. import finding
 from ..errors import ConsoleError
 from ..words import clean
-from .options import Size, json_option, place_names, replay, socket_option
+from .options import (
+    COUNT,
+    MOST_SECONDS,
+    SECONDS,
+    Number,
+    Size,
+    json_option,
+    place_names,
+    replay,
+    socket_option,
+)
 
 _idle_option = click.option(
     "-i",
     "--idle-limit",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(float, 0.001, MOST_SECONDS),
     metavar="SECONDS",
     help="Have no pause be longer when it is played.",
 )
@@ -32,12 +42,8 @@ def _recording_options(function: Callable[..., None]) -> Callable[..., None]:
         json_option,
         click.option("--overwrite", is_flag=True, help="Replace a file that is there."),
         _idle_option,
-        click.option(
-            "--until", type=click.IntRange(0), metavar="OFFSET", help="End there in the journal."
-        ),
-        click.option(
-            "--since", type=click.IntRange(0), metavar="OFFSET", help="Begin there in the journal."
-        ),
+        click.option("--until", type=COUNT, metavar="OFFSET", help="End there in the journal."),
+        click.option("--since", type=COUNT, metavar="OFFSET", help="Begin there in the journal."),
         click.option(
             "--replay",
             default="all",
@@ -67,7 +73,7 @@ def _say(file: str, count: int, as_json: bool, more: str = "") -> None:
     metavar="FILE",
     help="The recording, - for standard output.  [default: GUEST-TIME.cast]",
 )
-@click.option("--duration", type=click.FloatRange(0), metavar="SECONDS", help="End after that.")
+@click.option("--duration", type=SECONDS, metavar="SECONDS", help="End after that.")
 @click.option("--no-reconnect", is_flag=True, help="End when the daemon is gone.")
 @_recording_options
 @click.pass_context
@@ -175,7 +181,7 @@ def export(ctx: click.Context, /, place: str, path: str | None, **options: Any) 
 @click.option(
     "-s",
     "--speed",
-    type=click.FloatRange(0, min_open=True),
+    type=Number(float, 0.001, 1_000_000),
     default=1.0,
     show_default=True,
     metavar="FACTOR",

@@ -26,11 +26,12 @@ from typing import IO
 import msgspec
 
 from .. import monitor
-from ..attachment import Ask, AskWho, Size
+from ..attachment import Ask, AskWho, Bye, Size
 from ..errors import ConsoleError
 from ..words import clean
 from .desk import DONE, Desk, Effect, Leave, Say, Show, ToggleLog, bracketed
-from .link import Link, LinkLostError
+from .link import Gap, Link, LinkLostError
+from .terminal import kept
 
 #: Exit statuses, besides those of `desk`.
 GONE, NOT_EXPECTED = 1, 3
@@ -86,6 +87,7 @@ class Attached:
         self._terminal = os.isatty(0)
         self._interactive = self._terminal and os.isatty(2)
         self._ended = False  # of the input
+        self._dismissed = False  # by the console, since it was last found
         self._again_at = 0.0
         self._seen = bytearray()
         self._log: IO[bytes] | None = None
@@ -95,6 +97,7 @@ class Attached:
             wants_to=options.request.write,
             force=options.force,
             can_log=True,
+            can_stamp=not options.as_json,
             timestamps=options.timestamps,
             linger=options.linger,
             denied="take the role with --force",
@@ -117,6 +120,7 @@ class Attached:
             self._read_keys(begin=True)
             while self._status is None:
                 self._turn(deadline)
+            self._end_text()
         return self._status
 
     def _turn(self, deadline: float | None) -> None:
@@ -170,6 +174,7 @@ class Attached:
     def _connect(self) -> None:
         self._path = self._find()
         self._link.connect(self._path)
+        self._dismissed = False
         self._selector.register(self._link.fileno(), selectors.EVENT_READ, self._receive)
 
     def _lost(self, fd: int) -> None:
@@ -178,14 +183,33 @@ class Attached:
             self._say("the console is gone")
             self._status = GONE
             return
-        self._do([self._desk.lost()])
-        self._again_at = time.monotonic() + _AGAIN_S
+        if self._dismissed:
+            self._try_again()
+        if self._status is None and self._link.fileno() < 0:
+            self._do([self._desk.lost()])
+            self._again_at = time.monotonic() + _AGAIN_S
 
     def _try_again(self) -> None:
         try:
             self._connect()
-        except ConsoleError:
+        except ConsoleError as error:
             self._again_at = time.monotonic() + _AGAIN_S
+            if self._dismissed and self._is_removed():
+                self._say(clean(str(error)))
+                self._status = GONE
+
+    def _is_removed(self) -> bool:
+        """Tell whether the daemon answers, and has no such guest or port any more."""
+        request = self._options.request
+        try:
+            guests = monitor.ask(self._path).guests
+        except ConsoleError:
+            return False
+        return not any(
+            guest.name == request.guest and request.port in (None, port.name, port.id, str(port.id))
+            for guest in guests
+            for port in guest.ports
+        )
 
     def _want(self) -> None:
         fd = self._link.fileno()
@@ -202,6 +226,10 @@ class Attached:
             for event in self._link.receive():
                 if isinstance(event, memoryview):
                     self._record(event)
+                elif isinstance(event, Gap):
+                    self._end_text()
+                elif isinstance(event, Bye):
+                    self._dismissed = True
                 self._do(self._desk.take(event))
         except LinkLostError:
             self._lost(fd)
@@ -244,6 +272,12 @@ class Attached:
         at = (self._link.at or 0) - len(data) - pending
         text = self._decoder.decode(data)
         return _line(offset=at, text=text) if text else b""
+
+    def _end_text(self) -> None:
+        """Show what there is of a character that will never be whole."""
+        pending = len(self._decoder.getstate()[0])
+        if text := self._decoder.decode(b"", final=True):
+            self._show(_line(offset=(self._link.at or 0) - pending, text=text))
 
     # The keys
 
@@ -321,14 +355,14 @@ class Attached:
         if not self._terminal:
             yield
             return
-        before = termios.tcgetattr(0)
-        tty.setraw(0, termios.TCSANOW)
         try:
-            yield
+            with kept():
+                tty.setraw(0, termios.TCSANOW)
+                yield
         finally:
-            termios.tcsetattr(0, termios.TCSANOW, before)
             if self._interactive:
-                os.write(2, b"\r\n")
+                with suppress(OSError):
+                    os.write(2, b"\r\n")
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -11,21 +11,24 @@ from collections.abc import Callable
 
 import msgspec
 
-from ..attachment import Ask, AskWho, Bye, Hello, Role, Size, Who
+from ..attachment import WINDOW, Ask, AskWho, Bye, Hello, Role, Size, Who
 from ..words import clean
 from .link import Dropped, Event, Gap
 
 #: Exit statuses: left; what a pipe has cannot be typed.
 DONE, NOT_WRITER = 0, 4
 
-#: Keys that wait for room before no more are to be read.
+#: Bytes of a pipe that wait for room before no more are to be read.
 _MOST_UNSENT = 1 << 16
+
+#: Keys that wait for room before more are dropped: what somebody pastes goes in.
+MOST_KEYS = 1 << 20
 
 #: Seconds for what was typed before leaving to be taken.
 _LAST_S = 1.0
 
 #: The Linux hvc console's magic SysRq prefix (drivers/tty/hvc/hvc_console.c): Ctrl-O.
-_SYSRQ = b"\x0f"
+_SYSRQ = 0x0F
 
 _HELP = (
     "?  this list",
@@ -82,9 +85,9 @@ class Desk:
 
     `escape` is the byte that begins a command in a terminal, None for none. Who `may_write` can
     become the writer, at once with `force`; `wants_to` if that is what was asked for when coming.
-    `can_log` offers the log. A pipe at its end leaves once all is typed and the guest was quiet for
-    `linger` seconds; if it cannot be typed, `denied` says what to do about it. `clock` counts
-    seconds, `wall` those since 1970.
+    `can_log` offers the log, `can_stamp` timestamps. A pipe at its end leaves once all is typed and
+    the guest was quiet for `linger` seconds, one that was empty never; if it cannot be typed,
+    `denied` says what to do about it. `clock` counts seconds, `wall` those since 1970.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Desk:
         wants_to: bool = True,
         force: bool = False,
         can_log: bool = False,
+        can_stamp: bool = True,
         timestamps: bool = False,
         linger: float = 1.0,
         denied: str = "another is the writer",
@@ -108,6 +112,7 @@ class Desk:
         self._wants_to = wants_to
         self._force = force and may_write
         self._can_log = can_log
+        self._can_stamp = can_stamp
         self._timestamps = timestamps
         self._linger = linger
         self._denied = denied
@@ -115,6 +120,7 @@ class Desk:
         self._wall = wall
         self._menu: Callable[[int], list[Effect]] | None = None  # what the next key means
         self._unsent = bytearray()
+        self._dropped = 0  # keys, since there was room the last time
         self._fed = False  # by a pipe
         self._ended = False  # the keys
         self._leaving: float | None = None  # at the latest then
@@ -127,15 +133,15 @@ class Desk:
 
     @property
     def full(self) -> bool:
-        """Whether no more keys should be read for now."""
-        return len(self._unsent) > _MOST_UNSENT
+        """Whether no more of a pipe should be read for now; keys always are, for the menu."""
+        return not self._terminal and len(self._unsent) > _MOST_UNSENT
 
     def keys(self, data: bytes) -> list[Effect]:
         """Take what was typed."""
         if self._leaving is not None:
             return []
         if not self._terminal:
-            self._fed = True
+            self._fed = self._fed or bool(data)
             self._unsent += data
             self._quiet_since = self._clock()
             return []
@@ -149,7 +155,7 @@ class Desk:
             elif key == self._escape:
                 self._menu = self._choose
             else:
-                self._unsent.append(key)
+                effects += self._put(key)
         return effects
 
     def end(self) -> list[Effect]:
@@ -171,8 +177,11 @@ class Desk:
         elif not self._role.writer and not self._force:
             return [Say(f"what comes from the pipe cannot be typed: {self._denied}"), _REFUSED]
         else:
-            del self._unsent[: take(bytes(self._unsent))]
-        return []
+            del self._unsent[: take(bytes(self._unsent[:WINDOW]))]
+        if self._unsent or not self._dropped:
+            return []
+        dropped, self._dropped = self._dropped, 0
+        return [Say(f"there is room again: {dropped} bytes that were typed were dropped")]
 
     def leaves_at(self, unacknowledged: int) -> float | None:
         """Return when to leave, by `clock`, unless something happens before; None for never.
@@ -189,18 +198,26 @@ class Desk:
 
     def leave(self) -> list[Effect]:
         """Return what to do when it is time to leave."""
-        if not self._unsent:
+        lost = len(self._unsent) + self._dropped
+        if not lost:
             return [Leave()]
-        return [Say(f"{len(self._unsent)} bytes that were typed did not reach the guest"), Leave()]
+        return [Say(f"{lost} bytes that were typed did not reach the guest"), Leave()]
+
+    def _put(self, *keys: int) -> list[Effect]:
+        """Have these keys be typed, or none of them if there is no room or one is missing."""
+        if not self._dropped and len(self._unsent) < MOST_KEYS:
+            self._unsent += bytes(keys)
+            return []
+        first = not self._dropped
+        self._dropped += len(keys)
+        return [Say("there is no room for more keys: they are dropped")] if first else []
 
     def _type_sysrq(self, key: int) -> list[Effect]:
-        self._unsent += _SYSRQ + bytes([key])
-        return []
+        return self._put(_SYSRQ, key)
 
     def _choose(self, key: int) -> list[Effect]:
         if key == self._escape:
-            self._unsent.append(key)
-            return []
+            return self._put(key)
         match chr(key):
             case "q" | "Q":
                 self._leaving = self._clock() + _LAST_S
@@ -215,6 +232,8 @@ class Desk:
                 return [Ask(write=self._role is not None and not self._role.writer)]
             case "w":
                 return [AskWho()]
+            case "t" if not self._can_stamp:
+                return [Say("lines of JSON have no timestamps")]
             case "t":
                 self._timestamps = not self._timestamps
                 return [Say(f"timestamps {'on' if self._timestamps else 'off'}")]
@@ -271,17 +290,19 @@ class Desk:
         return [Say(f"you watch{by}")] if news else []
 
     def _stamped(self, data: memoryview) -> bytes:
-        """Return `data` with the time of day before each line that begins in it."""
+        """Return `data` with the time of day before each line that begins in it and has text."""
         now = self._wall()
         stamp = time.strftime("[%H:%M:%S", time.localtime(now)).encode() + b".%03d] " % (
             now % 1 * 1000
         )
         out = bytearray()
         for line in bytes(data).splitlines(keepends=True):
-            if not self._line_begun and line not in (b"\r", b"\n"):
+            if not self._line_begun and line.strip(b"\r\n"):
                 out += stamp
+                self._line_begun = True
             out += line
-            self._line_begun = not line.endswith(b"\n")
+            if line.endswith(b"\n"):
+                self._line_begun = False
         return bytes(out)
 
 

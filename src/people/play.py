@@ -10,18 +10,23 @@ import termios
 import time
 import tty
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import msgspec
 
 from ..words import clean
 from .cast import Event, Header
+from .terminal import ending, kept
 
 #: What gives a terminal back the modes that a recording may have left: a soft reset (DECSTR), and
 #: no reports of the mouse or of what is pasted.
 _RESET = b"\x1b[!p\x1b[?1000;1002;1003;1006;2004l"
 
 _FASTER = 2.0
+_SLOWEST, _FASTEST = 0.001, 1_000_000.0
+
+#: Seconds that are waited at once: select knows no end of time.
+_MOST_S = 3600.0
 
 #: Reads keys for so many seconds (None: until there is one); b"" when there was none.
 Keys = Callable[[float | None], bytes]
@@ -87,7 +92,7 @@ class Player:
                     return
                 continue
             begun, speed = self._clock(), self._speed
-            typed = self._keys(left / speed)
+            typed = self._keys(min(left / speed, _MOST_S))
             left -= (self._clock() - begun) * speed
             self._heed(typed)
 
@@ -104,9 +109,9 @@ class Player:
                     self._to_marker = True
                     self._paused = False
                 case "+" | "=":
-                    self._speed *= _FASTER
+                    self._speed = min(self._speed * _FASTER, _FASTEST)
                 case "-":
-                    self._speed /= _FASTER
+                    self._speed = max(self._speed / _FASTER, _SLOWEST)
                 case "q" | "\x03" | "\x04":
                     self._over = True
 
@@ -121,7 +126,7 @@ def play(
     quiet: bool,
 ) -> int:
     """Play a recording to standard output; return the exit status, 130 when it was left."""
-    with _terminal() as keys:
+    with ending(), _terminal() as keys:
         screen = os.isatty(1)
         if screen and not quiet:
             _say_size(header)
@@ -139,7 +144,8 @@ def play(
             done = False
         finally:
             if screen:
-                _put_out(_RESET + b"\r\n")
+                with suppress(OSError):
+                    _put_out(_RESET + b"\r\n")
     return 0 if done else 130
 
 
@@ -195,10 +201,7 @@ def _terminal() -> Iterator[Keys]:
     if not os.isatty(0):
         yield _deaf
         return
-    before = termios.tcgetattr(0)
-    try:
+    # Answers to what the recording asked the terminal are no input of the shell's.
+    with kept(termios.TCSAFLUSH):
         tty.setcbreak(0, termios.TCSANOW)
         yield _typed
-    finally:
-        # Answers to what the recording asked the terminal are no input of the shell's.
-        termios.tcsetattr(0, termios.TCSAFLUSH, before)

@@ -27,6 +27,7 @@ from rich.text import Text
 from .. import monitor
 from ..tables import size
 from ..words import clean
+from .terminal import ending, kept
 
 #: Samples that a sparkline goes back; and those shown at once, also in less than so many columns.
 _SAMPLES = 60
@@ -306,14 +307,15 @@ class Top:
         self._pending = b""
 
     def run(self) -> None:
-        """Show it until the person leaves."""
+        """Show it until the person leaves, or the terminal does."""
         # The thread may still wait for a daemon when this ends: it goes with the process.
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         threading.Thread(target=self._sample, daemon=True).start()
-        while not self._done:
-            self._show()
-            if self._enter:
-                self._attach()
+        with ending():
+            while not self._done:
+                self._show()
+                if self._enter:
+                    self._attach()
 
     def _sample(self) -> None:
         """Ask again and again beside the view, which a daemon that is stuck is not to hold up."""
@@ -408,7 +410,12 @@ class Top:
         row = rows[self._view.index(rows)]
         self._view.chosen = (row.path, row.guest.name)
         command = [sys.executable, "-m", __package__.split(".")[0], "attach", "--socket", row.path]
-        status = subprocess.run([*command, "--", row.guest.name], check=False).returncode
+        with subprocess.Popen([*command, "--", row.guest.name]) as attached:
+            try:
+                status = attached.wait()
+            except BaseException:
+                attached.terminate()  # it has the terminal, and gives it back
+                raise
         if status:
             self._failure = f"attach to {clean(row.guest.name)} ended with status {status}"
 
@@ -416,12 +423,9 @@ class Top:
 @contextmanager
 def _keys() -> Iterator[None]:
     """Have keys come one by one and unseen."""
-    before = termios.tcgetattr(0)
-    tty.setraw(0, termios.TCSANOW)
-    mode = termios.tcgetattr(0)
-    mode[1] = before[1]  # output as it was
-    termios.tcsetattr(0, termios.TCSANOW, mode)
-    try:
+    with kept() as before:
+        tty.setraw(0, termios.TCSANOW)
+        mode = termios.tcgetattr(0)
+        mode[1] = before[1]  # output as it was
+        termios.tcsetattr(0, termios.TCSANOW, mode)
         yield
-    finally:
-        termios.tcsetattr(0, termios.TCSANOW, before)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from scene import boot, wait_port
 from test_attached import HASTY
 
 from conftest import StartDaemon
-from launch import COMMAND, WITHIN, Daemon, environment, wait_readable
+from launch import COMMAND, WITHIN, Daemon, command, environment, wait_readable
 from terminal import Terminal
 
 ESCAPE = b"\x1d"
@@ -196,3 +198,88 @@ def test_a_signal_ends_it_though_nobody_reads(daemon: StartDaemon) -> None:
             wait_readable(process.stdout.fileno(), time.monotonic() + WITHIN, "nothing comes")
             process.terminate()
             assert process.wait(WITHIN) == 128 + signal.SIGTERM
+
+
+def test_it_ends_quietly_with_its_terminal(served: Daemon) -> None:
+    command = [*COMMAND, "attach", "--quiet"]
+    with (
+        boot(served) as console,
+        Terminal(command, env=environment(served.folder), stderr=subprocess.PIPE) as person,
+    ):
+        console.write(b"before")
+        person.expect(b"before")
+        person.hang_up()
+        assert person.process.communicate(timeout=WITHIN)[1] == b""
+
+
+def test_the_menu_works_though_nobody_takes_what_was_pasted(served: Daemon) -> None:
+    with terminal(served) as person:
+        person.type(b"x" * (3 << 19))
+        person.expect(rb"\[there is no room for more keys: they are dropped\]")
+        person.type(ESCAPE + b"q")
+        assert person.process.wait(WITHIN) == 0
+        person.expect(rb"\[\d+ bytes that were typed did not reach the guest\]")
+
+
+@pytest.mark.parametrize("stdin", [subprocess.DEVNULL, subprocess.PIPE])
+def test_who_types_nothing_watches(served: Daemon, stdin: int) -> None:
+    with (
+        boot(served) as console,
+        subprocess.Popen(
+            [*COMMAND, "attach", "--linger", "0"],
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            env=environment(served.folder),
+        ) as process,
+    ):
+        try:
+            if process.stdin is not None:
+                process.stdin.close()
+            assert process.stdout is not None
+            for line in (b"one\n", b"two\n", b"three\n"):
+                console.write(line)
+                assert process.stdout.readline() == line
+        finally:
+            process.kill()
+
+
+def test_a_port_that_is_removed_ends_it(daemon: StartDaemon, folder: Path) -> None:
+    served = daemon("unix", 1, "--max-ports", "2")
+    described = f"name=agent,backend=unix,path={folder}/agent"
+    assert command(folder, "port", "add", "c.sock0", described).returncode == 0
+    with terminal(served, "c.sock0:agent") as person:
+        assert command(folder, "port", "remove", "c.sock0", "agent").returncode == 0
+        person.expect(rb"\[the console is gone\]\r\n\r\n\[c.sock0 has no port agent\]\r\n")
+        assert person.process.wait(WITHIN) == 1
+
+
+def objects(told: subprocess.CompletedProcess[bytes]) -> list[dict[str, object]]:
+    """Return the lines of output, as JSON."""
+    lines = [json.loads(line) for line in told.stdout.splitlines()]
+    return [line for line in lines if "text" in line]
+
+
+@pytest.mark.parametrize(
+    ("data", "lines"),
+    [
+        (b"ok \xe2\x98", [{"offset": 0, "text": "ok "}, {"offset": 3, "text": "\ufffd"}]),
+        (b"\xe2\x98", [{"offset": 0, "text": "\ufffd"}]),
+    ],
+)
+def test_an_unfinished_character_is_in_the_json(
+    served: Daemon, data: bytes, lines: list[dict[str, object]]
+) -> None:
+    with boot(served) as console:
+        console.write(data)
+        told = piped(served, None, "--json", "--expect", r"\x98", "--timeout", str(WITHIN))
+        assert told.returncode == 0
+        assert objects(told) == lines
+
+
+def test_all_from_an_offset_is_shown(served: Daemon) -> None:
+    with boot(served) as console:
+        console.write(b"0123456789")
+        wait_port(served, output=10)
+        told = piped(served, None, "--since", "4", "--expect", "9", "--timeout", str(WITHIN))
+        assert (told.returncode, told.stdout) == (0, b"456789")
+        assert [line[:12] for line in told.stderr.splitlines()] == [b"[attached to"]

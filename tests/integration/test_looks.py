@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from test_attached import HASTY, person
 
 from conftest import StartDaemon
 from launch import COMMAND, WITHIN, Daemon, environment
+from terminal import Terminal
 
 
 def looked(daemon: Daemon, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[bytes]:
@@ -220,6 +222,40 @@ def test_a_file_that_cannot_be_written_is_one_line(served: Daemon) -> None:
         assert done.stderr.endswith(
             b"error: cannot write /nowhere/x.svg: no such file or directory\n"
         )
+
+
+# top
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_top_gives_the_terminal_back_at_a_signal(served: Daemon, number: int) -> None:
+    with Terminal([*COMMAND, "top"], env=environment(served.folder)) as person:
+        person.expect(rb"q leave")
+        assert not person.is_as_it_was()
+        person.process.send_signal(number)
+        assert person.process.wait(WITHIN) == 128 + number
+        person.expect(rb"\x1b\[\?25h(?s:.*)\x1b\[\?1049l")
+        assert person.is_as_it_was()
+
+
+def test_top_ends_the_attach_that_has_its_terminal(served: Daemon) -> None:
+    with Terminal([*COMMAND, "top"], 160, env=environment(served.folder)) as person:
+        person.expect(rb"running(?s:.*)q leave")
+        person.type(b"\r")
+        person.expect(rb"\[attached to .*\]")
+        person.process.terminate()
+        assert person.process.wait(WITHIN) == 128 + signal.SIGTERM
+        assert person.is_as_it_was()
+        wait_port(served, readers=0)
+
+
+def test_top_ends_quietly_with_its_terminal(served: Daemon) -> None:
+    with Terminal(
+        [*COMMAND, "top"], env=environment(served.folder), stderr=subprocess.PIPE
+    ) as person:
+        person.expect(rb"q leave")
+        person.hang_up()
+        assert person.process.communicate(timeout=WITHIN)[1] == b""
 
 
 # who

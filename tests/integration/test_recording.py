@@ -19,6 +19,7 @@ from scene import boot, numbered, wait_port
 
 from conftest import StartDaemon
 from launch import COMMAND, WITHIN, Daemon, command, environment, until, wait_readable
+from terminal import Terminal
 
 
 @contextmanager
@@ -202,6 +203,30 @@ def test_what_cannot_be_is_one_line(served: Daemon, arguments: tuple[str, ...], 
     assert answer.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("attach --timeout inf", "inf is no number from 0 to 2073600"),
+        ("attach --timeout 1e10", "1e10 is no number from 0 to 2073600"),
+        ("attach --linger nan", "nan is no number from 0 to 2073600"),
+        ("record --duration inf", "inf is no number from 0 to 2073600"),
+        ("play x --speed nan", "nan is no number from 0.001 to 1000000"),
+        ("play x --speed 1e-300", "1e-300 is no number from 0.001 to 1000000"),
+        ("export v --idle-limit nan", "nan is no number from 0.001 to 2073600"),
+        ("top --interval nan", "nan is no number from 0.1 to 3600"),
+        *(
+            (f"{words} {1 << 63}", f"{1 << 63} is no whole number from 0 to {(1 << 63) - 1}")
+            for words in ("attach --since", "attach --replay", "history v --tail", "record --until")
+        ),
+    ],
+)
+def test_numbers_that_make_no_sense_are_one_line(folder: Path, words: str, said: str) -> None:
+    answer = command(folder, *words.split())
+    assert answer.returncode == 2
+    assert answer.stderr.endswith(f": {said}\n")
+    assert answer.stderr.count("\n") == 1
+
+
 # Playing
 
 CAST = (
@@ -255,3 +280,25 @@ def test_a_recording_is_played_in_a_terminal_until_it_is_left(folder: Path) -> N
     finally:
         os.close(ours)
         os.close(theirs)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_play_gives_the_terminal_back_at_a_signal(folder: Path, number: int) -> None:
+    (folder / "x.cast").write_text(CAST)
+    words = [*COMMAND, "play", f"{folder}/x.cast"]
+    with Terminal(words, env=environment(folder)) as person:
+        person.expect(b"one ")
+        assert not person.is_as_it_was()
+        person.process.send_signal(number)
+        assert person.process.wait(WITHIN) == 128 + number
+        person.expect(rb"\x1b\[!p")
+        assert person.is_as_it_was()
+
+
+def test_play_ends_quietly_with_its_terminal(folder: Path) -> None:
+    (folder / "x.cast").write_text(CAST)
+    words = [*COMMAND, "play", f"{folder}/x.cast"]
+    with Terminal(words, env=environment(folder), stderr=subprocess.PIPE) as person:
+        person.expect(b"one ")
+        person.hang_up()
+        assert person.process.communicate(timeout=WITHIN)[1] == b""

@@ -175,8 +175,36 @@ def test_who_may_only_watch_asks_for_nothing(key: bytes) -> None:
     assert not [e for e in desk.take(hello()) if isinstance(e, Ask)]
 
 
-def test_what_there_is_no_room_for_is_kept_and_no_more_is_read() -> None:
-    desk = at_terminal()
+def test_keys_that_there_is_no_room_for_are_dropped_and_the_menu_works() -> None:
+    terminal = at_terminal(can_log=True)
+    assert terminal.keys(b"x" * desk.MOST_KEYS) == []
+    assert terminal.keys(b"yyy") == [Say("there is no room for more keys: they are dropped")]
+    terminal.type(Typed(room=1))
+    assert terminal.keys(b"y" + ESCAPE + ESCAPE + ESCAPE + b"bh") == [
+        Say("SysRq: which key? h lists them")
+    ]
+    assert terminal.keys(ESCAPE + b"l") == [ToggleLog()]
+    assert not terminal.full
+    taken, said = Typed(), []
+    while len(taken.data) < desk.MOST_KEYS - 1:
+        assert said == []
+        said = terminal.type(taken)
+    assert said == [Say("there is room again: 7 bytes that were typed were dropped")]
+    terminal.keys(b"z")
+    assert typed(terminal) == b"z"
+    assert taken.data == b"x" * len(taken.data)
+
+
+def test_dropped_keys_did_not_reach_the_guest_either() -> None:
+    terminal = at_terminal()
+    terminal.keys(b"x" * (desk.MOST_KEYS + 1) + ESCAPE + b"q")
+    (said, _) = terminal.leave()
+    assert said == Say(f"{desk.MOST_KEYS + 1} bytes that were typed did not reach the guest")
+
+
+def test_what_there_is_no_room_for_is_kept_and_no_more_is_read_of_a_pipe() -> None:
+    desk = Desk(terminal=False)
+    desk.take(role(True))
     desk.keys(b"x" * (1 << 16) + b"y")
     assert desk.full
     taken = Typed(room=1)
@@ -216,10 +244,13 @@ def test_a_pipe_at_its_end_leaves_once_all_is_typed_and_the_guest_is_quiet() -> 
 
 
 def test_a_pipe_that_never_had_anything_only_watches() -> None:
-    desk = Desk(terminal=False)
-    desk.take(role(True))
-    desk.end()
-    assert desk.leaves_at(0) is None
+    for nothing in ([], [b""]):
+        desk = Desk(terminal=False)
+        desk.take(role(True))
+        for each in nothing:
+            desk.keys(each)
+        desk.end()
+        assert desk.leaves_at(0) is None
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -255,17 +286,34 @@ def test_output_is_shown_as_it_is() -> None:
     assert at_terminal().take(data) == [Show(data)]
 
 
-def test_timestamps_begin_each_line_once() -> None:
+@pytest.mark.parametrize(
+    ("parts", "shown"),
+    [
+        ((b"one\r\ntw", b"o\r\n"), b"@one\r\n@two\r\n"),
+        ((b"one\n\rtwo",), b"@one\n\r@two"),
+        ((b"one", b"\n", b"two"), b"@one\n@two"),
+        ((b"\n\r\n", b"\r", b"\n", b"x"), b"\n\r\n\r\n@x"),
+        ((b"10%\r20%\r", b"30%\r\nx"), b"@10%\r20%\r30%\r\n@x"),
+    ],
+)
+def test_timestamps_begin_each_line_that_has_text_once(
+    parts: tuple[bytes, ...], shown: bytes
+) -> None:
     now = time.mktime((2026, 11, 23, 12, 34, 56, 0, 0, -1)) + 0.5
     desk = at_terminal(timestamps=True, wall=lambda: now)
-    shown = b"".join(
+    stamped = b"".join(
         bytes(effect.data)
-        for part in (b"one\r\ntw", b"o\r\n", b"\r\nthree")
+        for part in parts
         for effect in desk.take(memoryview(part))
         if isinstance(effect, Show)
     )
-    stamp = b"[12:34:56.500] "
-    assert shown == stamp + b"one\r\n" + stamp + b"two\r\n" + stamp + b"\r\n" + stamp + b"three"
+    assert stamped == shown.replace(b"@", b"[12:34:56.500] ")
+
+
+def test_lines_of_json_have_no_timestamps() -> None:
+    desk = at_terminal(can_stamp=False)
+    assert desk.keys(ESCAPE + b"t") == [Say("lines of JSON have no timestamps")]
+    assert desk.take(memoryview(b"x")) == [Show(memoryview(b"x"))]
 
 
 def test_a_greeting_says_where_one_is_and_that_it_is_again() -> None:

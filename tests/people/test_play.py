@@ -18,8 +18,10 @@ class Scene:
     now: float = 0.0
     shown: list[tuple[float, bytes]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
+    longest: float = 0.0  # wait at once
 
     def keys(self, seconds: float | None) -> bytes:
+        self.longest = max(self.longest, seconds or 0.0)
         due = self.typed[0][0] if self.typed else None
         if due is None:
             assert seconds is not None, "it waits for ever"
@@ -79,6 +81,19 @@ def test_the_speed_changes_while_it_waits() -> None:
     scene.play(*ABC)
     # 2 s, then 3 s twice as fast, then 2 s half as fast.
     assert scene.shown == [(1, b"a"), (10, b"b"), (14, b"c")]
+
+
+@pytest.mark.parametrize(("key", "at"), [(b"-", 2000), (b"+", 0.000002)])
+def test_the_speed_has_bounds_however_often_it_is_changed(key: bytes, at: float) -> None:
+    scene = Scene([(0, key * 2000)])
+    assert scene.play(Event(2, "o", "a"))
+    assert scene.shown == [(at, b"a")]
+
+
+def test_a_pause_of_a_million_years_is_one_in_which_keys_are_heard() -> None:
+    scene = Scene([(1e9, b"q")])
+    assert not scene.play(Event(1e300, "o", "a"))
+    assert scene.longest <= 24 * 60 * 60
 
 
 @pytest.mark.parametrize("key", [b"q", b"\x03", b"\x04"])
