@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Any
@@ -14,6 +15,21 @@ from .words import clean
 
 #: What shells ask for completions with, as click calls it.
 _COMPLETE = "_VHOST_DEVICE_CONSOLE_COMPLETE"
+
+#: A group without a command, which click before 8.2 does not take for an error.
+_NoCommand: Any = getattr(click.exceptions, "NoArgsIsHelpError", ())
+
+
+def _prepare_standard_files() -> None:
+    """Open what the caller closed, or a socket of ours would be taken for it."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+        file = open(fd, "w" if fd else "r", errors="backslashreplace", closefd=False)  # noqa: SIM115
+        setattr(sys, ("stdin", "stdout", "stderr")[fd], file)
+    os.close(fd)
+    out = sys.stdout
+    if isinstance(out.buffer, io.RawIOBase):  # PYTHONUNBUFFERED: what a write leaves over is lost
+        sys.stdout = open(1, "w", encoding=out.encoding, errors=out.errors, closefd=False)  # noqa: SIM115
 
 
 def _run() -> Any:
@@ -41,6 +57,7 @@ def _fail(message: str, code: int) -> None:
 
 def main() -> None:
     """Run the command line and exit."""
+    _prepare_standard_files()
     if CAPABILITIES in sys.argv[1:]:
         # The vhost-user convention: whatever else the command line says does not matter.
         click.echo('{"type": "console"}')
@@ -49,6 +66,9 @@ def main() -> None:
         from .commands import completion  # noqa: F401 - it knows bash better than click does
     try:
         sys.exit(_run())
+    except _NoCommand as error:
+        error.show()
+        sys.exit(2)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
     except ConfigError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from enum import StrEnum
 from typing import Any
 
@@ -12,15 +11,6 @@ from .. import __version__, config, core, logbook
 from ..errors import ConfigError
 from . import CAPABILITIES, COMMANDS, NAME, SETTINGS, load
 from .options import log_level_option
-
-
-def _fill_standard_files() -> None:
-    """Open what the caller closed, or a socket of ours would be taken for stderr."""
-    while True:
-        fd = os.open(os.devnull, os.O_RDWR)
-        if fd > 2:
-            os.close(fd)
-            return
 
 
 class _Words(click.Choice):  # type: ignore[type-arg,unused-ignore]  # generic since click 8.2
@@ -293,7 +283,6 @@ def daemon(ctx: click.Context, /, **options: Any) -> None:
             option = "--" + min(given).replace("_", "-")
             raise ConfigError(f"{option} is the daemon's, not {ctx.invoked_subcommand}'s")
         return
-    _fill_standard_files()
     logbook.start(options.pop("log_level"), options.pop("log_style"))
     daemon = _described(options, given)
     from .. import master  # --help need not wait for it

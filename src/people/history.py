@@ -120,7 +120,7 @@ def _follow(link: Link, find: Callable[[], str], printer: _Printer) -> None:
         if fd >= 0:
             poll.register(fd, select.POLLIN)
         ready = dict(poll.poll(None if fd >= 0 else _AGAIN_S * 1000))
-        if ready.get(1, 0) & select.POLLERR:
+        if ready.get(1, 0) & (select.POLLERR | select.POLLHUP):  # a pipe's, a socket's
             raise BrokenPipeError
         try:
             if fd < 0:

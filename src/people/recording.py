@@ -19,7 +19,7 @@ from ..words import clean
 from .cast import Writer
 from .link import Event, Gap, Link, LinkLostError
 from .logged import Index, Piece, journal_index, log_pieces
-from .looking import port_log
+from .looking import ANSWER_WITHIN, port_log
 
 #: Seconds between two tries to find the guest again.
 _AGAIN_S = 0.2
@@ -153,7 +153,12 @@ class Recorder:
             return
         if fd < 0:
             left.append(_AGAIN_S)
-        for key, _ in selector.select(min(left) if left else None):
+        if not self._follow:
+            left.append(ANSWER_WITHIN)
+        ready = selector.select(min(left) if left else None)
+        if not (ready or self._follow):
+            raise ConsoleError(f"{clean(self._guest)} does not answer")
+        for key, _ in ready:
             if key.fileobj is wakeup:
                 self.stop()
                 return

@@ -5,15 +5,19 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import socket
 import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
+from vhost_device_console import monitor
 from vhost_device_console.errors import ConsoleError
+from vhost_device_console.people import recording
 from vhost_device_console.people.cast import Writer
 from vhost_device_console.people.recording import (
     Piece,
+    Recorder,
     export_log,
     log_pieces,
     parse_time,
@@ -141,3 +145,22 @@ def test_a_recording_of_nothing_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(ConsoleError), target(str(path), overwrite=False):
         raise ConsoleError("nothing")
     assert not path.exists()
+
+
+# Journals
+
+
+def test_a_worker_that_does_not_answer_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers: list[socket.socket] = []
+    monkeypatch.setattr(monitor, "attach", lambda *given: workers.append(given[-1].dup()))
+    monkeypatch.setattr(recording, "ANSWER_WITHIN", 0.01)
+    recorder = Recorder(
+        "vm3",
+        None,
+        lambda: "",
+        lambda size: Writer(io.BytesIO(), size, "x"),
+        follow=False,
+    )
+    with pytest.raises(ConsoleError, match="vm3 does not answer"):
+        recorder.run()
+    workers.pop().close()
