@@ -34,12 +34,15 @@ def listening(
     """
     with ExitStack() as undo:
         try:
-            yield _unix(where, mode, undo) if is_unix(where) else _tcp(where, refusal, undo)
+            made = _unix(where, mode, undo) if is_unix(where) else _tcp(where, refusal, undo)
+        except UnicodeError:
+            raise ConfigError(f"cannot listen at {where}: that is no host's name") from None
         except OSError as error:
             # create_server adds to the words; getaddrinfo's numbers are negative.
             number = error.errno or 0
             reason = os.strerror(number) if number > 0 else error.strerror or str(error)
             raise ConfigError(f"cannot listen at {where}: {reason.lower()}") from error
+        yield made
 
 
 def _unix(where: str, mode: int, undo: ExitStack) -> tuple[socket.socket, str]:

@@ -43,6 +43,12 @@ def served(installed: Machine, ports: Ports) -> Iterator[str]:
         yield f"http://{where}/metrics"
 
 
+def documented(after: str) -> str:
+    """Return the first commands of docs/web.md after these words, up to what is enabled."""
+    text = (ROOT / "docs/web.md").read_text().partition(after)[2]
+    return text.partition("```sh\n")[2].partition("```")[0].partition("systemctl enable")[0]
+
+
 @contextmanager
 def started(machine: Machine, what: str, options: str) -> Iterator[None]:
     machine.write(f"/etc/vhost-device-console/gateway-{what}.env", f"OPTIONS={options}\n")
@@ -53,6 +59,19 @@ def started(machine: Machine, what: str, options: str) -> Iterator[None]:
     finally:
         print(machine.journal(unit))
         machine.systemctl("stop", unit)
+
+
+def login(where: str, **said: str) -> int:
+    """Return the status that the page at `where` answers with."""
+    text = json.dumps(said).encode()
+    request = urllib.request.Request(f"{where}/login", text, {"Origin": where})
+    try:
+        with urllib.request.urlopen(request) as answer:
+            status: int = answer.status
+    except urllib.error.HTTPError as error:
+        with error:
+            status = error.code
+    return status
 
 
 def scrape(where: str) -> dict[tuple[str, str, str], float]:
@@ -98,14 +117,31 @@ def test_an_instance_that_was_stopped_is_not_taken_for_a_silent_one(
     assert (found[daemons, "", "answering"], found[daemons, "", "silent"]) == (1, 0)
 
 
-def test_the_page_is_served(installed: Machine, ports: Ports, service: StartService) -> None:
+def test_the_page_is_served_to_who_has_the_token(
+    installed: Machine, ports: Ports, service: StartService
+) -> None:
     service("web")
+    installed.run("sh", "-ec", f"cd /opt\n{documented('As a service')}")
+    token = installed.run("cat", "/etc/vhost-device-console/token").stdout.strip()
+    options = installed.run("cat", "/etc/vhost-device-console/gateway-web.env").stdout.strip()
     where = f"127.0.0.1:{ports()}"
-    with (
-        started(installed, "web", f"--listen {where}"),
-        urllib.request.urlopen(f"http://{where}/") as answer,
-    ):
-        assert b"<title>Consoles</title>" in answer.read()
+    with started(installed, "web", f"{options.removeprefix('OPTIONS=')} --listen {where}"):
+        with urllib.request.urlopen(f"http://{where}/") as answer:
+            assert b"<title>Consoles</title>" in answer.read()
+        assert login(f"http://{where}", token=token) == 200
+
+
+def test_a_proxy_of_another_user_reaches_the_page(installed: Machine) -> None:
+    installed.run("sh", "-ec", "getent passwd www-data || useradd --user-group www-data")
+    unit = UNIT.format("web")
+    try:
+        installed.run("sh", "-ec", documented("The socket is for its owner"))
+        proxy = ("setpriv", "--reuid=www-data", "--regid=www-data", "--clear-groups")
+        installed.run(*proxy, "test", "-w", "/run/console-web/sock")
+    finally:
+        print(installed.journal(unit))
+        installed.systemctl("stop", unit)
+        installed.run("sh", "-ec", f"rm -r /etc/systemd/system/{unit}.d; systemctl daemon-reload")
 
 
 def test_users_of_the_system_log_in_with_their_passwords(installed: Machine, ports: Ports) -> None:
@@ -120,22 +156,11 @@ def test_users_of_the_system_log_in_with_their_passwords(installed: Machine, por
         *("--setenv=RUNTIME_DIRECTORY=/run/vhost-device-console", *web.split()),
     )
 
-    def login(user: str, password: str) -> int:
-        text = json.dumps({"user": user, "password": password}).encode()
-        request = urllib.request.Request(f"{where}/login", text, {"Origin": where})
-        try:
-            with urllib.request.urlopen(request) as answer:
-                status: int = answer.status
-        except urllib.error.HTTPError as error:
-            with error:
-                status = error.code
-        return status
-
     try:
-        assert login("ann", "wrong") == 401
-        assert login("ann", "right") == 200
-        assert login("bob", "") == 401
-        assert login("nobody", "right") == 401
+        assert login(where, user="ann", password="wrong") == 401
+        assert login(where, user="ann", password="right") == 200
+        assert login(where, user="bob", password="") == 401
+        assert login(where, user="nobody", password="right") == 401
     finally:
         print(installed.journal("pam.service"))
         installed.systemctl("stop", "pam.service")

@@ -44,11 +44,35 @@ _FLAGS = (
     "--remote-debugging-port=0",
 )
 
-#: Keeps what the page was forbidden, in the page.
+#: Keeps, in the page: what it was forbidden, the messages it `said` and `heard`, and the `most`
+#: bytes of output that one of its consoles had received and not yet said it has shown.
 _WATCH = """
-window.forbidden = [];
+Object.assign(window, { forbidden: [], said: [], heard: [], most: 0 });
 addEventListener("securitypolicyviolation", (event) =>
   forbidden.push(`${event.violatedDirective} ${event.blockedURI} ${event.sample}`));
+window.WebSocket = class extends WebSocket {
+  received = 0;
+  shown = 0;
+  constructor(url) {
+    super(url);
+    this.addEventListener("message", ({ data }) => {
+      if (typeof data === "string") {
+        heard.push(JSON.parse(data));
+      } else {
+        this.received += data.byteLength - 8;
+        most = Math.max(most, this.received - this.shown);
+      }
+    });
+  }
+  send(data) {
+    if (typeof data === "string") {
+      const message = JSON.parse(data);
+      said.push(message);
+      this.shown = message.type === "shown" ? message.count : this.shown;
+    }
+    super.send(data);
+  }
+};
 """
 
 #: Finds what stands in a pane's terminal, history and all.
@@ -142,15 +166,12 @@ class Page:
             " e.scrollIntoView({block: 'nearest'}); const b = e.getBoundingClientRect();"
             " return b.width && [b.x + b.width / 2, b.y + b.height / 2]; })()"
         )
+        self.click_at(*box)
+
+    def click_at(self, x: float, y: float) -> None:
+        """Click a place of the window."""
         for kind in ("mousePressed", "mouseReleased"):
-            self.call(
-                "Input.dispatchMouseEvent",
-                type=kind,
-                x=box[0],
-                y=box[1],
-                button="left",
-                clickCount=1,
-            )
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def press(self, key: str, modifiers: int = 0) -> None:
         """Press a key; `modifiers` are Alt 1, Ctrl 2, Shift 8."""

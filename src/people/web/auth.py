@@ -12,7 +12,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
-from urllib.parse import urlsplit
 
 from ...errors import ConfigError
 
@@ -146,10 +145,9 @@ class Limiter:
 
 
 class Session:
-    """Somebody called `name` who has logged in; `ends` are called when they log out."""
+    """Somebody called `name` who has logged in; `ends` are called when that is over."""
 
-    def __init__(self, until: float, name: str = "") -> None:
-        self.until = until
+    def __init__(self, name: str = "") -> None:
         self.name = name
         self.ends: set[Callable[[], object]] = set()
 
@@ -162,14 +160,13 @@ class Session:
 class Door:
     """Lets those in who open `lock`; without one, everybody who reaches it.
 
-    What is kept of sessions is their digests. `clock` counts seconds.
+    What is kept of sessions is their digests. `clock` counts the seconds of who was wrong.
     """
 
     def __init__(self, lock: Lock | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._lock = lock
-        self._clock = clock
         self._sessions: OrderedDict[bytes, Session] = OrderedDict()
-        self._open = Session(float("inf"))
+        self._open = Session()
         self._limiter = Limiter(clock)
 
     @property
@@ -191,32 +188,27 @@ class Door:
             return None
         self._limiter.right(address)
         name = secrets.token_urlsafe(32)
-        self._sessions[_digest(name)] = Session(self._clock() + SESSION_S, who)
+        self._sessions[_digest(name)] = session = Session(who)
+        timer = asyncio.get_running_loop().call_later(SESSION_S, self._end, _digest(name))
+        session.ends.add(timer.cancel)
         while len(self._sessions) > MOST_SESSIONS:
             self._sessions.popitem(last=False)[1].end()
         return name
 
     def session(self, name: str | None) -> Session | None:
         """Return the session called so, if it lasts."""
-        if self._lock is None:
-            return self._open
-        found = self._sessions.get(_digest(name or ""))
-        if found is not None and found.until <= self._clock():
-            self.leave(name or "")
-            return None
-        return found
+        return self._open if self._lock is None else self._sessions.get(_digest(name or ""))
 
     def leave(self, name: str) -> None:
         """End a session, if there is one called so."""
-        if found := self._sessions.pop(_digest(name), None):
+        self._end(_digest(name))
+
+    def _end(self, digest: bytes) -> None:
+        if found := self._sessions.pop(digest, None):
             found.end()
 
 
 def same_origin(origin: str | None, host: str | None, secure: bool, more: Iterable[str]) -> bool:
     """Say whether a page of `origin` is ours: that of the server's `host`, or one of `more`."""
-    if origin is None:
-        return False
-    if origin in more:
-        return True
-    parts = urlsplit(origin)
-    return bool(host) and parts.netloc == host and parts.scheme == ("https" if secure else "http")
+    ours = f"{'https' if secure else 'http'}://{host}" if host else None
+    return origin is not None and (origin == ours or origin in more)

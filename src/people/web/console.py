@@ -40,6 +40,9 @@ _AGAIN_S = 0.3
 
 _OFFSET = struct.Struct("<Q")
 
+#: What reading a message raises that makes no sense.
+NONSENSE = (msgspec.MsgspecError, KeyError, UnicodeError, RecursionError)
+
 #: RFC 6455, section 7.4.1: the other side breaks the rules.
 _POLICY = 1008
 
@@ -108,7 +111,7 @@ class Console:
         """Serve the page until it is gone."""
         try:
             self._opened = _open.decode(await self._page.receive_text())
-        except (msgspec.MsgspecError, KeyError, UnicodeError, RecursionError):
+        except NONSENSE:
             await self._page.close(_POLICY, "it does not say what to open")
             return
         except WebSocketDisconnect:
@@ -150,13 +153,6 @@ class Console:
             try:
                 path, self._link.request.guest = await self._locate(self._opened.guest)
                 await self._connect(path)
-            except ConsoleError as error:
-                if not waiting:
-                    await self._send({"type": "waiting", "why": str(error)})
-                waiting = True
-                await asyncio.sleep(_AGAIN_S)
-                continue
-            try:
                 while True:
                     await self._readable()
                     count = await self._tell_all()
@@ -164,10 +160,18 @@ class Console:
                     if 0 < count < _SMALL:
                         await asyncio.sleep(_PACE_S)
             except LinkLostError:
-                self._connected, self._may_type = False, None
-                self._writes(False)
-            await self._send({"type": "waiting", "why": "the console is gone"})
+                self._lose()
+                await self._send({"type": "waiting", "why": "the console is gone"})
+            except ConsoleError as error:
+                self._lose()
+                if not waiting:
+                    await self._send({"type": "waiting", "why": str(error)})
+                await asyncio.sleep(_AGAIN_S)
             waiting = True
+
+    def _lose(self) -> None:
+        self._connected, self._may_type = False, None
+        self._writes(False)
 
     async def _connect(self, path: str) -> None:
         request = self._link.request
@@ -218,13 +222,14 @@ class Console:
     async def _show(self, output: bytearray) -> int:
         """Send output, the last of which is before where the link is; empty it."""
         count = len(output)
-        if count:
+        while output:
             await self._room.wait()
-            self._sent += count
+            part = bytes(output[: WINDOW - (self._sent - self._shown)])
+            at = (self._link.at or 0) - len(output)
+            del output[: len(part)]
+            self._sent += len(part)
             self._consider_room()
-            at = (self._link.at or 0) - count
-            await self._page.send_bytes(_OFFSET.pack(at) + bytes(output))
-            output.clear()
+            await self._page.send_bytes(_OFFSET.pack(at) + part)
         return count
 
     async def _tell(self, event: News) -> None:
@@ -262,7 +267,7 @@ class Console:
                 continue
             try:
                 said = _said.decode(message["text"])
-            except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            except NONSENSE:
                 raise _AgainstTheRules("a message that makes no sense") from None
             self._hear(said)
 

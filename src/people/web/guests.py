@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import os
 import select
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -19,8 +20,13 @@ from ...attachment import Hello
 from ...errors import ConsoleError
 from ..link import Link, LinkLostError
 
-#: Seconds between two looks at the daemons.
+_log = logging.getLogger(__name__)
+
+#: Seconds between two looks at the daemons, and for which a look waits for them.
 POLL_S = 1.0
+
+#: Seconds in which the daemon of a guest has to answer that somebody wants.
+_LOCATE_S = 2.0
 
 #: Bytes of history that a screen's thumbnail is drawn from, and thumbnails fetched at a look.
 GLANCE_BYTES = 1 << 13
@@ -48,10 +54,12 @@ def read_history(
     hello: Hello | None = None
     data = bytearray()
     deadline = time.monotonic() + within
+    ready = select.poll()
+    ready.register(link.fileno(), select.POLLIN)
     try:
         while hello is None or (link.at or 0) < hello.head:
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([link.fileno()], [], [], left)[0]:
+            if left <= 0 or not ready.poll(left * 1000):
                 raise ConsoleError(f"{guest} does not answer")
             for event in link.receive():
                 if isinstance(event, memoryview):
@@ -75,7 +83,7 @@ class Port:
 
     def look(self, now: float, output: int, read: int) -> tuple[int, int]:
         """Return bytes per second, out of the guest and into it."""
-        if self.at:
+        if self.at and now > self.at:
             passed = max(now - self.at, 0.001)
             self.rates = (
                 max(0, round((output - self.output) / passed)),
@@ -85,10 +93,29 @@ class Port:
         return self.rates
 
 
+class _Answer(NamedTuple):
+    """What the daemon at `path` said about its guests at a time, or why it did not."""
+
+    path: str
+    at: float
+    guests: list[monitor.GuestStatus]
+    failure: str | None
+
+
+def _answer(path: str) -> _Answer:
+    """Ask a daemon; blocks."""
+    try:
+        guests = monitor.ask(path).guests
+    except ConsoleError as error:
+        return _Answer(path, time.monotonic(), [], str(error))
+    return _Answer(path, time.monotonic(), guests, None)
+
+
 class Guests:
     """All guests of all daemons; `find` returns the monitor sockets of those that run.
 
-    They are asked while there is a `Watcher`, who is told what has changed.
+    They are asked while there is a `Watcher`, who is told what has changed: each in a thread of its
+    own and once at a time, so that one that does not answer holds nobody up.
     """
 
     def __init__(self, find: Callable[[], list[str]]) -> None:
@@ -96,28 +123,40 @@ class Guests:
         self._watchers: set[Watcher] = set()
         self._ports: dict[tuple[str, int], Port] = {}
         self._screens: dict[str, tuple[int, dict[str, Any]]] = {}
-        self._task: asyncio.Task[None] | None = None
+        self._glanced: dict[str, float] = {}
+        self._asked: dict[str, asyncio.Task[_Answer]] = {}
+        self._answers: dict[str, _Answer] = {}
+        self._polling: asyncio.Task[None] | None = None
+        self._glancing: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
         self.known: dict[str, dict[str, Any]] = {}
         self.failures: list[str] = []
 
-    def ask(self) -> list[tuple[str, monitor.GuestStatus]]:
-        """Return every guest with its daemon's monitor socket; blocks."""
-        found = []
-        failures = []
-        for path in self._find():
-            try:
-                found += [(path, guest) for guest in monitor.ask(path).guests]
-            except ConsoleError as error:
-                failures.append(str(error))
-        self.failures = failures
-        return found
+    async def _ask(self) -> dict[str, asyncio.Task[_Answer]]:
+        """Have every daemon asked that is not being asked, and return all that are."""
+        asked = {}
+        for path in await asyncio.to_thread(self._find):
+            if path not in self._asked:
+                self._asked[path] = asyncio.create_task(asyncio.to_thread(_answer, path))
+                self._asked[path].add_done_callback(partial(self._answered, path))
+            asked[path] = self._asked[path]
+        self._answers = {path: kept for path, kept in self._answers.items() if path in asked}
+        return asked
+
+    def _answered(self, path: str, asked: asyncio.Task[_Answer]) -> None:
+        del self._asked[path]
+        if not asked.cancelled():
+            self._answers[path] = asked.result()
 
     async def locate(self, wanted: str) -> tuple[str, str]:
         """Return the monitor socket and the name of the guest with that id; raises ConsoleError."""
-        for path, guest in await asyncio.to_thread(self.ask):
-            if guest_id(guest) == wanted:
-                return path, guest.name
+        asked = await self._ask()
+        with suppress(TimeoutError):
+            for answer in asyncio.as_completed(asked.values(), timeout=_LOCATE_S):
+                path, _, guests, _ = await answer
+                for guest in guests:
+                    if guest_id(guest) == wanted:
+                        return path, guest.name
         raise ConsoleError(f"there is no guest {wanted.split(chr(10))[0]} now")
 
     @asynccontextmanager
@@ -125,15 +164,17 @@ class Guests:
         """Give a watcher; the daemons are asked until the last one has left."""
         watcher = Watcher(self)
         self._watchers.add(watcher)
-        if self._task is None:
-            self._task = asyncio.create_task(self._poll())
+        if self._polling is None or self._polling.done():
+            self._polling = asyncio.create_task(self._poll())
         try:
             yield watcher
         finally:
             self._watchers.discard(watcher)
-            if not self._watchers and self._task is not None:
-                self._task.cancel()
-                self._task = None
+            if not self._watchers:
+                for task in (self._polling, self._glancing):
+                    if task is not None:
+                        task.cancel()
+                self._polling = self._glancing = None
 
     def look_now(self) -> None:
         """Have the daemons asked at once, not only when it is time."""
@@ -142,24 +183,37 @@ class Guests:
     async def _poll(self) -> None:
         while True:
             self._hurry.clear()
-            found = await asyncio.to_thread(self.ask)
-            self._take(found)
-            await self._glance({guest_id(guest): (path, guest) for path, guest in found})
-            for watcher in self._watchers:
-                watcher.changed.set()
+            again = time.monotonic() + POLL_S
+            try:
+                if asked := await self._ask():
+                    await asyncio.wait(asked.values(), timeout=POLL_S)
+            except (OSError, ValueError) as error:
+                _log.warning("cannot look for daemons: %s", error)
+            else:
+                answers = [self._answers[path] for path in asked if path in self._answers]
+                self.failures = [answer.failure for answer in answers if answer.failure]
+                found = [(answer, guest) for answer in answers for guest in answer.guests]
+                self._take(found)
+                self._tell()
+                if self._glancing is None or self._glancing.done():
+                    guests = {guest_id(guest): (answer.path, guest) for answer, guest in found}
+                    self._glancing = asyncio.create_task(self._glance(guests))
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._hurry.wait(), POLL_S)
+                await asyncio.wait_for(self._hurry.wait(), again - time.monotonic())
 
-    def _take(self, found: Iterable[tuple[str, monitor.GuestStatus]]) -> None:
-        now = time.monotonic()
+    def _tell(self) -> None:
+        for watcher in self._watchers:
+            watcher.changed.set()
+
+    def _take(self, found: Iterable[tuple[_Answer, monitor.GuestStatus]]) -> None:
         before, self._ports = self._ports, {}
         self.known = {}
-        for _, guest in found:
+        for answer, guest in found:
             name = guest_id(guest)
             ports = []
             for port in guest.ports:
                 seen = self._ports[name, port.id] = before.get((name, port.id)) or Port()
-                out_rate, in_rate = seen.look(now, port.output, port.input)
+                out_rate, in_rate = seen.look(answer.at, port.output, port.input)
                 ports.append(
                     {
                         **{key: getattr(port, key) for key in _SHOWN},
@@ -182,6 +236,7 @@ class Guests:
         """Bring the screens up to date that somebody sees and that have changed."""
         wanted = {name for watcher in self._watchers for name in watcher.looks}
         self._screens = {name: kept for name, kept in self._screens.items() if name in guests}
+        self._glanced = {name: when for name, when in self._glanced.items() if name in guests}
         due = []
         for name in wanted & guests.keys():
             path, guest = guests[name]
@@ -190,9 +245,11 @@ class Guests:
                 output, _ = self._screens.get(name, (-1, None))
                 if output != console.output:
                     due.append((name, path, guest.name, console))
+        due.sort(key=lambda each: self._glanced.get(each[0], 0.0))  # all have their turn
         for name, path, guest_name, console in due[:GLANCES]:
+            self._glanced[name] = time.monotonic()
             read = partial(read_history, path, guest_name, str(console.id), GLANCE_BYTES, _GLANCE_S)
-            with suppress(ConsoleError):
+            with suppress(ConsoleError, OSError):
                 _, data = await asyncio.to_thread(read)
                 self._screens[name] = (
                     console.output,
@@ -204,6 +261,7 @@ class Guests:
                         "rows": console.rows,
                     },
                 )
+                self._tell()
 
     def screen(self, name: str) -> tuple[int, dict[str, Any]] | None:
         """Return how far a guest's output was, and the message that shows its screen then."""

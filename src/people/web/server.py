@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from io import BytesIO
 from typing import Any, cast
@@ -22,7 +23,7 @@ import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
@@ -37,7 +38,8 @@ from ..cast import Writer
 from ..listening import is_unix, listening
 from ..recording import Recorder
 from .auth import Door, Lock, Passwords, Session, Token, new_token, read_token, same_origin
-from .console import Console
+from .connections import Http, Listener
+from .console import NONSENSE, Console
 from .guests import Guests, daemons, read_history
 
 _log = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ HEADERS = {
 _MOST_BODY = 4096
 _MOST_MESSAGE = 1 << 16
 
-#: Ids whose screens a page may look at, and characters of one.
+#: Ids whose screens a page may look at.
 _MOST_LOOKS = 256
 
 #: Seconds in which a download's history has to arrive.
@@ -169,13 +171,12 @@ class Pages:
 
     def _is_ours(self, asked: HTTPConnection) -> bool:
         headers = asked.headers
-        secure = asked.url.scheme in ("https", "wss")
+        secure = _is_secure(asked)
         return same_origin(headers.get("origin"), headers.get("host"), secure, self._origins)
 
     def _cookie_name(self, asked: HTTPConnection) -> str:
         # The prefix has browsers take it from this host alone, and over TLS.
-        secure = asked.url.scheme in ("https", "wss")
-        return f"__Host-{self._cookie}" if secure else self._cookie
+        return f"__Host-{self._cookie}" if _is_secure(asked) else self._cookie
 
     def _session_of(self, asked: HTTPConnection) -> Session | None:
         return self._door.session(asked.cookies.get(self._cookie_name(asked)))
@@ -189,7 +190,7 @@ class Pages:
         name = session.name if session else ""
         if self._name_header:
             name = asked.headers.get(self._name_header, "")
-        return f"{clean(name) or self._address(asked)} (web)".strip()[:64]
+        return f"{clean(name) or self._address(asked)} (web)".strip()
 
     # HTTP
 
@@ -204,13 +205,13 @@ class Pages:
         if not self._is_ours(request):
             return _refusal(403, "another page asks: that is not allowed")
         body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > _MOST_BODY:
-                return _refusal(413, "a token or password is shorter")
         try:
+            async for part in request.stream():
+                body += part
+                if len(body) > _MOST_BODY:
+                    return _refusal(413, "a token or password is shorter")
             said = msgspec.json.decode(body, type=dict[str, str])
-        except (msgspec.MsgspecError, UnicodeError):
+        except (msgspec.MsgspecError, UnicodeError, ClientDisconnect):
             return _refusal(400, "that is no token or password")
         address = self._address(request)
         # Not before all of it is here: any number of requests could have got so far meanwhile.
@@ -229,7 +230,7 @@ class Pages:
             self._cookie_name(request),
             name,
             path="/",
-            secure=request.url.scheme == "https",
+            secure=_is_secure(request),
             httponly=True,
             samesite="strict",
         )
@@ -275,6 +276,7 @@ class Pages:
     ) -> Response:
         if self._session_of(request) is None:
             return _refusal(401, "log in first")
+        request.state.spare()
         wanted, port = request.query_params.get("guest", ""), request.query_params.get("port", "0")
         try:
             path, guest = await self._guests.locate(wanted)
@@ -299,18 +301,19 @@ class Pages:
         elif session is None:
             await page.send_denial_response(_refusal(401, "log in first"))
         else:
-            await page.accept()
             task = cast(asyncio.Task[None], asyncio.current_task())
             end = task.cancel
             session.ends.add(end)
             try:
+                await page.accept()
+                page.state.spare()
                 yield True
             except asyncio.CancelledError:
-                if session.until == float("inf") or self._session_of(page) is not None:
+                if self._session_of(page) is not None:
                     raise
                 task.uncancel()
                 with suppress(RuntimeError):
-                    await page.close(1008, "logged out")
+                    await page.close(1008, "the session is over")
             finally:
                 session.ends.discard(end)
             return
@@ -353,10 +356,14 @@ async def _first(*halves: Coroutine[Any, Any, None]) -> None:
         for task in tasks:
             task.cancel()
         ended = await asyncio.gather(*tasks, return_exceptions=True)
+    expected = (WebSocketDisconnect, *NONSENSE)
     for result in ended:
-        expected = (WebSocketDisconnect, msgspec.MsgspecError, KeyError, UnicodeError)
         if isinstance(result, Exception) and not isinstance(result, expected):
             raise result
+
+
+def _is_secure(asked: HTTPConnection) -> bool:
+    return asked.scope["scheme"] in ("https", "wss")
 
 
 def _refusal(status: int, why: str) -> JSONResponse:
@@ -436,11 +443,11 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def config(pages: Pages, context: ssl.SSLContext | None) -> uvicorn.Config:
-    """Return how uvicorn serves `pages`."""
+def config(pages: Pages, listener: Listener, context: ssl.SSLContext | None) -> uvicorn.Config:
+    """Return how uvicorn serves `pages` to those who come to `listener`."""
     made = uvicorn.Config(
         pages.app,
-        http="h11",
+        http=cast(type[asyncio.Protocol], partial(Http, listener)),
         ws="websockets-sansio",
         lifespan="off",
         log_config=None,
@@ -467,7 +474,7 @@ def serve(options: Options) -> None:
     context = _context(options)
     lock, token = _lock(options)
     behind_proxy = is_unix(options.listen)
-    # A proxy is another user, in the folder's group.
+    # A proxy is another user, in the socket's group.
     with listening(options.listen, refusal=_EXPOSED if context is None else None, mode=0o660) as (
         sock,
         place,
@@ -484,7 +491,8 @@ def serve(options: Options) -> None:
         confine_entrance(may_gain=options.pam is not None)
         _say(options, address, token)
         systemd.notify("READY=1")
-        asyncio.run(_Server(config(pages, context)).serve(sockets=[sock]))
+        listener = Listener(sock)
+        asyncio.run(_Server(config(pages, listener, context)).serve(sockets=[listener]))
 
 
 def _say(options: Options, address: str, token: str | None) -> None:

@@ -53,19 +53,23 @@ def test_tokens_are_long_and_never_the_same() -> None:
     assert len(new_token()) >= 43
 
 
-def test_a_session_ends_in_time_and_so_does_what_goes_on_in_it() -> None:
-    clock = Clock()
-    door = Door(LOCK, clock)
-    name = enter(door, "the right token!", "a")
-    session = door.session(name)
-    assert session is not None
-    ended = []
-    session.ends.add(lambda: ended.append(True))
-    clock.now += auth.SESSION_S - 1
-    assert door.session(name) is session
-    clock.now += 1
-    assert door.session(name) is None
-    assert ended == [True]
+def test_a_session_ends_in_time_and_so_does_what_goes_on_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also when nobody asks for it any more."""
+    monkeypatch.setattr(auth, "SESSION_S", 0.01)
+
+    async def outlive() -> None:
+        door = Door(LOCK)
+        name = await door.enter({"token": "the right token!"}, "a")
+        session = door.session(name)
+        assert session is not None
+        ended = asyncio.Event()
+        session.ends.add(ended.set)
+        await asyncio.wait_for(ended.wait(), WITHIN)
+        assert door.session(name) is None
+
+    asyncio.run(outlive())
 
 
 def test_the_oldest_session_gives_way_when_there_are_too_many() -> None:
@@ -198,6 +202,7 @@ def test_who_is_right_has_not_been_wrong() -> None:
         ("null", "localhost:8080", False, False),
         ("null", None, False, False),
         (None, "localhost:8080", False, False),
+        ("http://[", "localhost:8080", False, False),
     ],
 )
 def test_a_page_s_origin_is_ours_or_one_that_was_named(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 import ssl
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import trustme
+from vhost_device_console.people.listening import listening
 from vhost_device_console.people.web.auth import TRIES
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -100,12 +102,27 @@ def test_every_answer_says_what_browsers_may_do_with_it(web: StartWeb, path: str
 
 
 @pytest.mark.parametrize("path", ["/login", "/logout"])
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", ""])
+@pytest.mark.parametrize("origin", ["http://evil.example", "http://[", "null", ""])
 def test_another_page_can_neither_log_in_nor_out(web: StartWeb, path: str, origin: str) -> None:
     server = web()
     server.login()
     assert server.request("POST", path, {"token": server.token}, Origin=origin)[0] == 403
     assert server.request("GET", "/session")[2].startswith(b'{"inside":true')
+
+
+def test_a_host_that_is_none_has_no_page(web: StartWeb) -> None:
+    assert web().request("POST", "/login", {}, Host="[")[0] == 403
+
+
+@pytest.mark.parametrize("said", ["", "{", '{"type":"look","x":' + "[" * 9999])
+def test_a_page_that_makes_no_sense_is_hung_up_on(web: StartWeb, said: str) -> None:
+    server = web()
+    server.login()
+    with server.connect("/guests") as page:
+        page.recv(WITHIN)
+        page.send(said)
+        with pytest.raises(ConnectionClosed):
+            page.recv(WITHIN)
 
 
 @pytest.mark.parametrize("path", ["/guests", "/console"])
@@ -114,7 +131,7 @@ def test_no_websocket_without_a_session(web: StartWeb, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/guests", "/console"])
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", ""])
+@pytest.mark.parametrize("origin", ["http://evil.example", "http://[", "null", ""])
 def test_no_websocket_for_another_page(web: StartWeb, path: str, origin: str) -> None:
     server = web()
     server.login()
@@ -163,6 +180,7 @@ def test_a_token_of_one_s_own(web: StartWeb, tmp_path: Path) -> None:
         (["--listen", "127.0.0.1:0", "--no-login"], "would let everybody in who reaches the port"),
         (["--listen", "8080"], "give HOST:PORT"),
         (["--listen", "127.0.0.1:70000"], "give HOST:PORT"),
+        (["--listen", "a..b:80"], "cannot listen at a..b:80: that is no host's name"),
         (["--listen", "unix:/nowhere/x"], "folder /nowhere does not exist"),
         (["--tls-key", "x"], "need --tls-cert"),
         (["--tls-cert", "/nowhere"], "--tls-cert: no such file"),
@@ -177,6 +195,15 @@ def test_what_cannot_be_served_is_said_in_a_line(
     assert done.returncode == 2
     assert why in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_what_fails_while_it_is_served_is_no_mistake_of_whoever_started_it() -> None:
+    def serve() -> None:
+        with listening("127.0.0.1:0"):
+            raise OSError(errno.EMFILE, "no more files")
+
+    with pytest.raises(OSError, match="no more files"):
+        serve()
 
 
 def test_a_file_in_the_place_of_the_socket_is_left_alone(folder: Path) -> None:
@@ -240,6 +267,51 @@ def test_with_certificates_who_has_none_is_not_let_in(
         server.request("GET", "/session")
 
 
+def changed(before: str) -> str:
+    """Return Python that does that and then what our command does."""
+    return f"import sys; {before}; from vhost_device_console import cli; cli.main()"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\nHost: a\r\n",
+        b"POST /login HTTP/1.1\r\nHost: %s\r\nOrigin: http://%s\r\nContent-Length: 2\r\n\r\n{",
+    ],
+)
+def test_who_asks_nothing_in_time_is_hung_up_on(web: StartWeb, said: bytes) -> None:
+    hurry = "from vhost_device_console.people.web import connections as c; c.FIRST_WITHIN_S = 0.1"
+    server = web(program=changed(hurry))
+    host, _, port = server.host.partition(":")
+    with socket.create_connection((host, int(port)), WITHIN) as slow:
+        slow.sendall(said.replace(b"%s", server.host.encode()))
+        assert slow.recv(1) == b""
+    assert server.request("GET", "/")[0] == 200
+
+
+FEW = "import resource as r; r.setrlimit(r.RLIMIT_NOFILE, (128, 128))"
+
+
+@pytest.mark.parametrize("tls", [False, True])
+def test_who_asks_nothing_keeps_nobody_out(
+    web: StartWeb, authority: tuple[trustme.CA, list[str]], tls: bool
+) -> None:
+    ca, options = authority
+    how = {"context": browser_of(ca)} if tls else {}
+    server = web(*(options if tls else []), program=changed(FEW), **how)
+    server.login()
+    host, _, port = server.host.partition(":")
+    with ExitStack() as ends, server.connect("/guests") as page:
+        page.recv(WITHIN)
+        for _ in range(200):
+            ends.enter_context(socket.create_connection((host, int(port)), WITHIN))
+        assert server.request("GET", "/")[0] == 200
+        with server.connect("/guests") as other:
+            other.recv(WITHIN)
+        assert page.ping().wait(WITHIN)
+
+
 @pytest.mark.parametrize(
     ("before", "why"),
     [
@@ -251,8 +323,7 @@ def test_with_certificates_who_has_none_is_not_let_in(
     ],
 )
 def test_what_is_missing_is_said_in_a_line(folder: Path, before: str, why: str) -> None:
-    program = f"import sys; {before}; from vhost_device_console import cli; cli.main()"
-    done = command_of(folder, program)
+    done = command_of(folder, changed(before))
     assert done[0] != 0
     assert why in done[1]
     assert done[1].count("\n") == 1

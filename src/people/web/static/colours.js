@@ -25,7 +25,7 @@ const root = document.documentElement;
 const tell = () => listeners.forEach((listener) => listener());
 query.addEventListener("change", tell);
 
-export const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : query.matches);
+const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : query.matches);
 export const theme = () => (isDark() ? dark : light);
 export const onTheme = (listener) => {
   listeners.add(listener);

@@ -6,7 +6,8 @@ import { palette, theme } from "./colours.js";
 
 const MOST = 400;
 const MARGIN = 12;
-const terminal = new Terminal({ scrollback: 0, allowProposedApi: true });
+const linkHandler = { activate() {} };
+const terminal = new Terminal({ scrollback: 0, allowProposedApi: true, linkHandler });
 let last = Promise.resolve();
 
 // Draws `bytes` of a console of so many columns and rows, 0 where that is not known.

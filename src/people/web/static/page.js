@@ -18,16 +18,19 @@ let failing = "";
 // Who is in
 
 async function post(path, body) {
-  const answer = await fetch(path, { method: "POST", body: JSON.stringify(body ?? {}) });
-  return { ok: answer.ok, ...(await answer.json().catch(() => ({}))) };
+  const request = { method: "POST", body: JSON.stringify(body ?? {}) };
+  const answer = await fetch(path, request).catch(() => null);
+  const said = await answer?.json().catch(() => null);
+  return { ok: Boolean(answer?.ok), error: "The server does not answer.", ...said };
 }
 
 async function enter(said) {
   const answer = await post("login", said);
-  $("refused").textContent = answer.ok ? "" : (answer.error ?? "The server does not answer.");
+  $("refused").textContent = answer.ok ? "" : answer.error;
   if (answer.ok) {
     await begin();
   }
+  return answer.ok;
 }
 
 async function begin() {
@@ -65,7 +68,11 @@ $("login").onsubmit = (event) => {
   enter($("user").disabled ? { token: secret } : { user: $("user").value, password: secret });
 };
 $("logout").onclick = async () => {
-  await post("logout");
+  const { ok, error } = await post("logout");
+  if (!ok) {
+    notice(error);
+    return;
+  }
   location.hash = "";
   location.reload();
 };
@@ -231,12 +238,16 @@ const panes = [];
 let current = null;
 
 function wanted() {
-  return location.hash
-    .slice(1)
-    .split("&")
-    .map((part) => part.split(":"))
-    .filter((part) => part.length === 2)
-    .map(([guest, port]) => ({ guest: decodeURIComponent(guest), port: Number(port) }));
+  try {
+    return location.hash
+      .slice(1)
+      .split("&")
+      .map((part) => part.split(":"))
+      .filter((part) => part.length === 2)
+      .map(([guest, port]) => ({ guest: decodeURIComponent(guest), port: Number(port) }));
+  } catch {
+    return []; // a % that stands for nothing
+  }
 }
 
 const same = (a, b) => a.guest === b.guest && a.port === b.port;
@@ -286,7 +297,7 @@ function route() {
     if (!pane) {
       const [name] = place.guest.split("\n");
       const label = place.port ? `${name}, port ${place.port}` : name;
-      pane = new Pane($("pane"), { ...place, name, label }, desk);
+      pane = new Pane($("pane"), { ...place, label }, desk);
       pane.element.addEventListener("focusin", () => {
         current = pane;
         panes.forEach((each) => each.element.classList.toggle("current", each === pane));
@@ -314,6 +325,10 @@ addEventListener("hashchange", () => {
 $("home").onclick = (event) => {
   event.preventDefault();
   go([]);
+};
+$("skip").onclick = (event) => {
+  event.preventDefault(); // it would be the address
+  ($("desk").hidden ? $("main") : current).focus();
 };
 
 // Keys
@@ -420,7 +435,7 @@ colours.remember();
 const given = /^#token=([\w-]+)$/.exec(location.hash);
 if (given) {
   history.replaceState(null, "", location.pathname); // out of the address and the history
-  enter({ token: given[1] }).then(() => begin());
+  enter({ token: given[1] }).then((inside) => inside || begin());
 } else {
   begin();
 }

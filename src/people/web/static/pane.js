@@ -31,7 +31,6 @@ export class Pane {
   #journal = null;
   #replayed = 0; // up to there output is history: its questions were answered, or not, back then
   #parsed = 0;
-  #received = 0;
   #shown = 0;
   #told = 0;
   #missing = 0;
@@ -42,6 +41,7 @@ export class Pane {
   #wants = true;
   #overtaking = false;
   #size = null; // the guest's, when another has decided it
+  #fitting = { columns: 80, rows: 24 }; // what the pane had room for when it was last seen
   #recording = null;
   #control = false;
   #isNoteOfRole = false;
@@ -50,11 +50,10 @@ export class Pane {
   #closed = false;
   #ends = [];
 
-  constructor(template, { guest, name, port, label }, desk) {
+  constructor(template, { guest, port, label }, desk) {
     this.guest = guest;
     this.port = port;
     this.label = label;
-    this.name = name;
     this.at = null;
     this.desk = desk;
     this.element = template.content.cloneNode(true).firstElementChild;
@@ -66,6 +65,7 @@ export class Pane {
       cursorBlink: true,
       fontFamily: "ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace",
       fontSize: Number(localStorage.getItem("size")) || 14,
+      linkHandler: { activate() {} }, // xterm.js's own would open a window
       macOptionIsMeta: true,
       scrollback: 10000,
       screenReaderMode: localStorage.getItem("reader") === "yes",
@@ -128,7 +128,7 @@ export class Pane {
     const socket = new WebSocket(new URL("console", location.href.replace(/^http/, "ws")));
     socket.binaryType = "arraybuffer";
     this.#socket = socket;
-    this.#received = this.#shown = this.#told = this.#sent = this.#taken = 0;
+    this.#shown = this.#told = this.#sent = this.#taken = 0;
     socket.onopen = () => {
       this.#patience = 250;
       const { columns, rows } = this.#own();
@@ -210,7 +210,7 @@ export class Pane {
         this.#type();
         break;
       case "dropped":
-        this.#note(`${message.count} typed bytes did not reach the guest: somebody else types.`);
+        this.#note(`${message.count} typed bytes may not have reached the guest.`);
         break;
       case "who":
         this.#showWho(message.people);
@@ -242,7 +242,6 @@ export class Pane {
     const offset = Number(new DataView(data).getBigUint64(0, true));
     let part = new Uint8Array(data, 8);
     this.at = offset + part.length;
-    this.#received += part.length;
     this.#recording?.output(part);
     if (this.#recording?.full) {
       this.#record();
@@ -397,9 +396,11 @@ export class Pane {
   // The size
 
   #own() {
-    const fitting = this.fit.proposeDimensions();
-    const sane = fitting && Number.isFinite(fitting.cols) && Number.isFinite(fitting.rows);
-    return sane ? { columns: fitting.cols, rows: fitting.rows } : { columns: 80, rows: 24 };
+    const { cols: columns, rows } = this.fit.proposeDimensions() ?? {};
+    if (Number.isFinite(columns) && Number.isFinite(rows)) {
+      this.#fitting = { columns, rows };
+    }
+    return this.#fitting;
   }
 
   #fitted() {

@@ -6,6 +6,7 @@ import { onTheme, theme } from "./colours.js";
 
 const MOST = 256 << 20;
 const LARGEST = 1000;
+const PIECE = 1 << 16; // characters that the terminal is given at a time
 
 // Returns { title, columns, rows, duration, events: [seconds, code, data] }; throws what is wrong.
 export function parse(text) {
@@ -27,7 +28,10 @@ export function parse(text) {
     }
     const [at, code, data] = event;
     now = header.version === 3 ? now + at : at;
-    events.push([now, code, String(data)]);
+    const text = String(data);
+    for (let from = 0; from < text.length; from += PIECE) {
+      events.push([now, code, text.slice(from, from + PIECE)]);
+    }
   }
   const fit = (size, usual) => Math.min(Math.max(Math.floor(size) || usual, 1), LARGEST);
   const title = String(header.title ?? "A recording");
@@ -36,7 +40,9 @@ export function parse(text) {
 
 class Player {
   #recording;
-  #next = 0; // event
+  #next = -1; // event; -1 when the terminal has to begin anew
+  #writing = false; // a piece, which the terminal has not shown yet
+  #late = false; // more is due than that: the clock waits
   #at = 0; // seconds in the recording
   #then = 0; // when that was
   #playing = false;
@@ -67,6 +73,7 @@ class Player {
       disableStdin: true,
       scrollback: 10000,
       fontFamily: "ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace",
+      linkHandler: { activate() {} }, // as in a pane
       theme: theme(),
     });
     this.dialog.player = this;
@@ -75,6 +82,8 @@ class Player {
     });
     this.find("h2").textContent = recording.title;
     this.find(".at").max = recording.duration;
+    this.#next = -1;
+    this.#writing = this.#late = false;
     this.dialog.showModal();
     this.terminal.open(this.find(".screen"));
     this.#seek(0);
@@ -103,7 +112,7 @@ class Player {
   // Takes the time that has passed into account.
   #move() {
     const now = performance.now();
-    if (this.#playing) {
+    if (this.#playing && !this.#late) {
       const passed = ((now - this.#then) / 1000) * Number(this.find(".speed").value);
       this.#at = Math.min(this.#at + passed, this.#recording.duration);
     }
@@ -112,34 +121,59 @@ class Player {
 
   #seek(at) {
     this.#move();
-    if (at < this.#at || this.#next === 0) {
-      this.terminal.reset();
-      this.terminal.resize(this.#recording.columns, this.#recording.rows);
-      this.#next = 0;
+    if (at < this.#at) {
+      this.#next = -1;
     }
     this.#at = at;
     this.#show();
   }
 
   #show() {
-    const { events, duration } = this.#recording;
-    let text = "";
-    while (this.#next < events.length && events[this.#next][0] <= this.#at) {
-      const [, code, data] = events[this.#next++];
-      if (code === "o") {
-        text += data;
-      } else if (code === "r") {
-        this.terminal.write(text);
-        text = "";
-        const [columns, rows] = data.split("x").map(Number);
-        if (columns > 0 && rows > 0 && Math.max(columns, rows) <= LARGEST) {
-          this.terminal.resize(columns, rows);
-        }
-      }
-    }
-    this.terminal.write(text);
+    const { duration } = this.#recording;
     this.find(".at").value = this.#at;
     this.find(".status").textContent = `${this.#at.toFixed(1)} of ${duration.toFixed(1)} s`;
+    if (!this.#writing) {
+      this.#write();
+    }
+  }
+
+  // Has the terminal show a piece of what is due, and then the next: it throws when it is given
+  // more than it can hold.
+  #write() {
+    const { events } = this.#recording;
+    const { terminal } = this;
+    if (this.#next < 0) {
+      terminal.reset();
+      terminal.resize(this.#recording.columns, this.#recording.rows);
+      this.#next = 0;
+    }
+    const isDue = () => events[this.#next]?.[0] <= this.#at;
+    let text = "";
+    while (isDue() && text.length < PIECE) {
+      const [, code, data] = events[this.#next];
+      if (code === "r") {
+        if (text) {
+          break; // what came before it goes first
+        }
+        const [columns, rows] = data.split("x").map(Number);
+        if (columns > 0 && rows > 0 && Math.max(columns, rows) <= LARGEST) {
+          terminal.resize(columns, rows);
+        }
+      } else if (code === "o") {
+        text += data;
+      }
+      this.#next++;
+    }
+    this.#late = isDue();
+    if (text) {
+      this.#writing = true;
+      terminal.write(text, () => {
+        if (terminal === this.terminal) {
+          this.#writing = false;
+          this.#write();
+        }
+      });
+    }
   }
 
   #tick() {
