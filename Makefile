@@ -6,7 +6,7 @@ CORE_TESTS := tests/worker tests/properties tests/integration tests/guests \
     tests/test_journal.py tests/test_ledger.py tests/test_packaging.py
 SCRIPTS := contrib/environment contrib/demo contrib/guest/fetch contrib/web/vendor contrib/man/generate
 
-.PHONY: help demo web test test-compiled check fuzz soak bench pictures dist clean format
+.PHONY: help demo web test test-compiled check fuzz soak bench bench-people pictures dist clean format
 
 help:
 	@echo 'make demo    boot a Linux guest with its console on this terminal (Ctrl-] q leaves);'
@@ -19,6 +19,7 @@ help:
 	@echo 'make fuzz    look for inputs that break it, FUZZ_SECONDS (20) for each target'
 	@echo 'make soak    50 guests and all that may happen to them, for SOAK_MINUTES (30)'
 	@echo 'make bench   measure, beside the Rust vhost-device-console where it can be had'
+	@echo 'make bench-people  measure what people notice: attaching, keys, what a page costs'
 	@echo 'make pictures  have the tests make the pictures of the docs'
 	@echo 'make dist    build the packages, install the wheel and try it'
 	@echo 'make clean   remove what was built; .venv and fetched guests too'
@@ -66,6 +67,10 @@ bench: web
 	@$(PYTHON) contrib/environment --compiled bench
 	@$(PYTHON) contrib/guest/fetch --all >&2 || true
 	@build/compiled/bin/python benchmarks/run.py
+
+bench-people: web
+	@$(PYTHON) contrib/environment --compiled bench
+	@build/compiled/bin/python benchmarks/people.py
 
 pictures: web
 	@$(PYTHON) contrib/environment test

@@ -1,4 +1,4 @@
-"""Measure what people notice: `python benchmarks/people.py`.
+"""Measure what people notice: `make bench-people`.
 
 How long `attach` takes to its first byte, a key to its echo by each way in, and what a page that
 watches costs the guest. Everything is interleaved, and the medians of all rounds are written into
@@ -39,8 +39,9 @@ from daemons import (
     find_peer,
     on,
     running,
+    version,
 )
-from run import BUILD, Bench, Layout, compile_frontend, pin, where
+from run import BUILD, Bench, Layout, Others, compile_frontend, describe_machine, pin, where
 
 README = Path(__file__).resolve().parent / "README.md"
 MARKS = ("<!-- people: written by benchmarks/people.py, not by hand -->", "<!-- end of people -->")
@@ -362,12 +363,13 @@ ROWS = (
 )
 
 
-def table(found: Numbers) -> str:
-    """Return the medians as Markdown."""
+def table(found: Numbers, missing: str) -> str:
+    """Return the medians as Markdown; `missing` stands where there are none."""
     lines = ["|  | median | lowest to highest | wanted |", "| --- | --- | --- | --- |"]
     for name, key, unit, limit in ROWS:
         values = found.get(key)
         if not values:
+            lines.append(f"| {name} | {missing} |  |  |")
             continue
         middle = statistics.median(values)
         wanted = "" if limit is None else f"< {limit:g}: {'' if middle < limit else 'NOT '}reached"
@@ -397,7 +399,9 @@ def main() -> None:
     parser.add_argument("--peer", help="the Rust vhost-device-console")
     parser.add_argument("--quick", action="store_true", help="one round; writes nothing")
     options = parser.parse_args()
+    rounds, seconds = (1, 2.0) if options.quick else (7, 4.0)
     BUILD.mkdir(parents=True, exist_ok=True)
+    begin, others = time.monotonic(), Others()
     layout: Layout = pin()
     os.sched_setaffinity(0, layout.every)
     try:
@@ -406,12 +410,23 @@ def main() -> None:
             sides["peer"] = Side(peer, {})
         with tempfile.TemporaryDirectory(prefix="vdc", dir="/tmp") as folder:
             bench = Bench(compile_frontend(), sides, layout, Path(folder))
-            found = measure(bench, 1 if options.quick else 7, 2.0 if options.quick else 4.0)
+            found = measure(bench, rounds, seconds)
     except BenchmarkError as error:
         sys.exit(f"people.py: {error}")
-    print(table(found))
+    results: report.Results = {
+        "versions": {name: version(side) for name, side in sides.items()},
+        "machine": describe_machine(layout) | {"others_percent": round(others.percent(), 1)},
+        "rounds": rounds,
+        "quick": options.quick,
+        "took_s": time.monotonic() - begin,
+        "cells": {},
+    }
+    pinned = "What a page costs: the guest ran on one CPU, its daemon and the page on another."
+    rows = table(found, "no echo" if "peer" in sides else "not measured")
+    text = f"{report.circumstances(results, pinned)}\n\n{rows}"
+    print(text)
     if not options.quick:
-        report.rewrite(README, MARKS, table(found))
+        report.rewrite(README, MARKS, text)
 
 
 if __name__ == "__main__":

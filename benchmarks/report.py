@@ -135,24 +135,26 @@ def _targets(results: Results) -> str:
     return "\n".join(["### Targets", "", *lines, "", *text])
 
 
-def _machine(results: Results) -> str:
+def circumstances(results: Results, pinned: str) -> str:
+    """Return how often, where and of what the results are; `pinned` says where, if on one CPU."""
     machine, versions = results["machine"], results["versions"]
     kind = "a virtual machine" if machine["virtual"] == "yes" else "a machine"
-    pinned = (
-        "Guests and their clients ran on one CPU, their daemon on another."
-        if machine["pinned"] == "yes"
-        else "Nothing was pinned to a CPU."
-    )
+    pinned = pinned if machine["pinned"] == "yes" else "Nothing was pinned to a CPU."
     peer = f"version {versions['peer']}" if "peer" in versions else "not available, so no ratio"
-    debian = "Debian's Python: measured." if "debian" in versions else ""
-    debian = debian or "The distribution's own Python was not measured beside it."
     return (
         f"Rounds: {results['rounds']}, in {results['took_s']:.0f} s, on {kind} with "
         f"{machine['cpus']} CPUs ({machine['cpu']}) and {machine['memory_gib']} GiB, Linux "
         f"{machine['linux']}, CPython {machine['python']}. {pinned} Other programs "
         f"used {machine['others_percent']} % of the CPUs meanwhile. Ours: version "
-        f"{versions['ours']}; peer: {peer}. {debian}"
+        f"{versions['ours']}; peer: {peer}."
     )
+
+
+def _machine(results: Results) -> str:
+    pinned = "Guests and their clients ran on one CPU, their daemon on another."
+    debian = "Debian's Python: measured." if "debian" in results["versions"] else ""
+    debian = debian or "The distribution's own Python was not measured beside it."
+    return f"{circumstances(results, pinned)} {debian}"
 
 
 def _with_derived(results: Results) -> Results:
