@@ -22,7 +22,6 @@ from . import landlock, seccomp
 from .errors import ConfigError
 from .health import Privileges
 from .kernel import capabilities, prctl, set_capabilities
-from .words import clean
 
 _log = logging.getLogger(__name__)
 
@@ -126,7 +125,6 @@ def confine_entrance(*, may_gain: bool = False) -> None:
     With `may_gain` its children may be programs that gain privileges.
     """
     os.umask(_UMASK)
-    clean("\0")  # what the log takes for that is read from a file, when none may be left
     _bound_capabilities(_WAY_IN)
     _keep_capabilities(_WAY_IN)
     if not may_gain:
@@ -136,7 +134,6 @@ def confine_entrance(*, may_gain: bool = False) -> None:
 @cache
 def prepare() -> None:
     """Load what a confined process could not, here or for all that are forked from here."""
-    clean("\0")
     _user_name()
     with suppress(OSError):
         seccomp.prepare(False)
