@@ -335,6 +335,25 @@ def test_who_leaves_before_its_turn_is_gone(turns: Turns, typing: str) -> None:
         assert exactly(first, 2) == b"on"
 
 
+def test_who_has_ended_before_its_turn_holds_nobody_up(turns: Turns) -> None:
+    """Also if it is still there, for what it may be answered, when the writer leaves."""
+    served = turns("first")
+    worker = served.workers()
+    with boot(served) as console, attach(served) as first:
+        first.sendall(b"one")
+        assert console.read(3) == b"one"
+        with attach(served, readers=2) as second:
+            second.sendall(b"unheard")
+            second.shutdown(socket.SHUT_WR)
+            served.expect_log("typed 7 bytes that do not count, and has ended")
+            first.close()
+            with person(served) as somebody:
+                somebody.expect(Role, writer=True)
+                somebody.type(b"two")
+                assert console.read(3) == b"two"
+    assert served.workers() == worker
+
+
 def test_plain_clients_only_watch(turns: Turns) -> None:
     served = turns("none")
     with boot(served) as console, attach(served) as peer, person(served) as somebody:
